@@ -1,0 +1,83 @@
+"""The house's arrows: examples, training and convert -> pipeline_tango -> libraries, and nothing else."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+OURS = {"convert", "examples", "pipeline_tango", "tests", "training"}
+MAY_IMPORT = {
+    "pipeline_tango": {"pipeline_tango"},
+    "convert": {"convert", "pipeline_tango"},
+    "training": {"training", "pipeline_tango"},
+    "examples": {"examples", "pipeline_tango"},
+}
+RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
+BEHIND_EXTRAS = {"matplotlib", "torch_xla"}
+
+
+def imports(path):
+    """Absolute names of the modules that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            names.add(".".join([*package, node.module or ""]).strip("."))
+    return names
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_every_arrow_points_down(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        upwards = {name for name in imports(path) if name.split(".")[0] in OURS - MAY_IMPORT[folder]}
+        assert not upwards, f"{path} imports {upwards}"
+
+
+def test_the_package_needs_only_its_runtime_libraries():
+    for path in (ROOT / "pipeline_tango").rglob("*.py"):
+        tops = {name.split(".")[0] for name in imports(path)}
+        strangers = tops - sys.stdlib_module_names - RUNTIME - BEHIND_EXTRAS - {"pipeline_tango"}
+        assert not strangers, f"{path} imports {strangers}"
+
+
+def test_the_pipeline_file_imports_nothing_of_ours():
+    names = imports(ROOT / "pipeline_tango" / "pipeline_tango.py")
+    assert not {name for name in names if name.split(".")[0] in OURS}
+
+
+def test_leaves_import_nothing_of_ours():
+    for name in ("data", "mixing", "metrics", "objective"):
+        path = ROOT / "training" / f"{name}.py"
+        if path.exists():
+            assert not {name for name in imports(path) if name.split(".")[0] in OURS}
+
+
+def test_there_are_no_catch_all_modules():
+    names = {path.name for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py")}
+    assert not names & {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def test_runtime_requirements_have_no_upper_pins_and_match_the_imports():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    requirements = config["options"]["install_requires"].split()
+    assert not [line for line in requirements if "<" in line or "==" in line or "~" in line]
+    assert {line.split(">=")[0] for line in requirements} == RUNTIME - {"numpy"}  # torch and scipy bring numpy
+
+
+def test_importing_prints_nothing_and_needs_no_optional_library():
+    script = (
+        "import sys\n"
+        "for name in ('matplotlib', 'peft', 'soundfile', 'datasets', 'librosa'): sys.modules[name] = None\n"
+        "import pipeline_tango\n"
+        "pipeline_tango.TangoPipeline, pipeline_tango.log_mel_spectrogram, pipeline_tango.SCHEDULERS\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], cwd=ROOT, capture_output=True)
+    assert result.returncode == 0 and result.stdout == b"", result.stderr
