@@ -1,0 +1,139 @@
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub client is imported: no test may reach a network
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
+
+from pipeline_tango import TangoPipeline  # noqa: E402
+
+
+torch.set_num_threads(1)  # models this small only lose by sharing work between threads
+
+GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
+
+
+def golden(name):
+    """Tensors computed by the original implementation (goldens/tiny-a/README.md), floating ones as float32."""
+    tensors = load_file(GOLDENS / "golden" / f"{name}.safetensors")
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def original_checkpoint():
+    """A small checkpoint folder in the original's released layout."""
+    return GOLDENS / "original"
+
+
+@pytest.fixture(scope="session")
+def converted(original_checkpoint, tmp_path_factory):
+    """`original_checkpoint` as a diffusers folder. Shared by the session: never write into it."""
+    from convert.convert_tango import main
+
+    folder = tmp_path_factory.mktemp("converted") / "tango"
+    assert main([str(original_checkpoint), str(folder)]) == 0
+    return folder
+
+
+def build_components():
+    """Real component classes at tiny sizes, random weights: 3-level UNet, VAE factor 4, vocoder hop 160."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=[32, 2],
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        attention_head_dim=[1, 2, 2],
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.9,
+    )
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=624,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=64,
+            sampling_rate=16000,
+            upsample_initial_channel=32,
+            upsample_rates=[5, 4, 2, 2, 2],
+            upsample_kernel_sizes=[16, 16, 8, 4, 4],
+            resblock_kernel_sizes=[3, 7],
+            resblock_dilation_sizes=[[1, 3], [1, 3]],
+            normalize_before=False,
+        )
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    with torch.no_grad():  # as initialised the vocoder is silent and the text hardly matters
+        for module in vocoder.modules():
+            if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+                torch.nn.init.kaiming_normal_(module.weight, a=0.1)
+        vocoder.conv_post.weight.mul_(0.2)
+        for name, parameter in unet.named_parameters():
+            if ".attn2." in name and parameter.ndim > 1:
+                parameter.mul_(3.0)
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": T5Tokenizer.from_pretrained(GOLDENS / "original" / "tiny-t5"),
+        "unet": unet.eval(),
+        "scheduler": scheduler,
+        "vocoder": vocoder.eval(),
+    }
+
+
+@pytest.fixture
+def components():
+    return build_components()
+
+
+@pytest.fixture
+def pipe(components):
+    pipe = TangoPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """`build_components()` saved as a diffusers folder. Shared by the session: never write into it."""
+    folder = tmp_path_factory.mktemp("tiny") / "tango"
+    TangoPipeline(**build_components()).save_pretrained(folder)
+    return folder
