@@ -560,6 +560,13 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if timesteps is not None and (timesteps[0] >= num_train_timesteps or timesteps[-1] < 0):
             raise ValueError(f"`timesteps` have to be from 0 to {num_train_timesteps - 1}, not {timesteps!r}.")
 
+        if isinstance(self.scheduler, PNDMScheduler) and not self.scheduler.config.skip_prk_steps:
+            if num_inference_steps < 4:
+                raise ValueError(
+                    f"`num_inference_steps` has to be at least 4 for PNDM with its Runge-Kutta warm-up, not "
+                    f"{num_inference_steps}. Set the scheduler's `skip_prk_steps` for fewer."
+                )
+
         # text
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("Only one of `prompt` and `prompt_embeds` can be given.")

@@ -583,6 +583,14 @@ def test_1000_steps_that_would_start_beyond_training_are_refused(pipe):
         pipe("rain", num_inference_steps=1000, audio_length_in_s=0.3)
 
 
+def test_too_few_steps_for_pndms_warm_up_are_refused(pipe):
+    pipe.scheduler = SCHEDULERS["pndm"].from_config(pipe.scheduler.config, skip_prk_steps=False)
+    with pytest.raises(ValueError, match="`num_inference_steps`.*at least 4"):
+        pipe("rain", num_inference_steps=3, audio_length_in_s=0.3)
+    pipe.scheduler = SCHEDULERS["pndm"].from_config(pipe.scheduler.config, skip_prk_steps=True)
+    assert np.isfinite(pipe("rain", num_inference_steps=1, audio_length_in_s=0.3).audios).all()
+
+
 def test_eta_reaches_ddim_and_leaves_tcd_its_own_default(pipe):
     config = pipe.scheduler.config
     for name, explicit in (("DDIMScheduler", 0.0), ("TCDScheduler", 0.3)):

@@ -1,0 +1,547 @@
+"""The `tango` command: sounds from a prompt, or from a whole list of them, as WAV files."""
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import __version__
+
+
+# Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
+
+SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
+SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
+CONVERT_HINT = "a checkpoint in the original layout is converted by: python -m convert.convert_tango SOURCE OUTPUT"
+
+
+def is_text(value):
+    """Whether `value` is a `str` that can be encoded: arguments and JSON may carry lone surrogates."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_number(value, low, high):
+    return type(value) in (int, float) and low <= value <= high
+
+
+def is_whole(value, low, high):
+    return type(value) is int and low <= value <= high
+
+
+# What a sound may be asked with, by flag or by line of a list: name -> (check, what is accepted).
+SETTINGS = {
+    "prompt": (lambda value: is_text(value) and value.strip(), "a text that is not empty"),
+    "negative_prompt": (is_text, "a text"),
+    "seconds": (lambda value: is_number(value, 0.001, 86400), "a number of seconds from 0.001 to 86400"),
+    "steps": (lambda value: is_whole(value, 1, 1000), "a whole number from 1 to 1000"),
+    "guidance": (lambda value: is_number(value, 0, 1000), "a number from 0 to 1000"),
+    "seed": (lambda value: is_whole(value, 0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
+    "name": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"[\w-][\w .-]{0,49}", value),
+        "up to 50 letters, digits, spaces and -_. with no dot or space in front",
+    ),
+}
+
+
+class CommandError(Exception):
+    """What was asked for is wrong: reported in one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise CommandError(message)
+
+
+def say(text):
+    """One line on standard error, whatever a path or a prompt in it holds."""
+    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def check_settings(settings, where=""):
+    for name, value in settings.items():
+        is_valid, accepted = SETTINGS[name]
+        if not is_valid(value):
+            raise CommandError(f"{where}{name} must be {accepted}, got {value!r:.100}")
+
+
+def read_prompts(path):
+    """What a list asks for: dicts of SETTINGS, each with at least a `prompt`.
+
+    A file named .json or .jsonl, or with `{` as its first character, holds one JSON object a line; any other one holds
+    one prompt a line, where lines starting with `#` are comments. Blank lines are skipped. The original's manifests
+    (`captions`, `dataset`, `location`) are read for their captions.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read the list {path}: {error}") from error
+    is_json = path.endswith((".json", ".jsonl")) or text.lstrip().startswith("{")
+    requests, names = [], set()
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path}, line {number}: "
+        line = line.strip()
+        if not line or (line.startswith("#") and not is_json):
+            continue
+        request = {"prompt": line}
+        if is_json:
+            try:
+                request = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CommandError(f"{where}not JSON: {error}") from error
+            if not isinstance(request, dict):
+                raise CommandError(f"{where}not a JSON object: {line:.100}")
+            if "captions" in request and "prompt" not in request:
+                request = {"prompt" if key == "captions" else key: value for key, value in request.items()}
+                request = {key: value for key, value in request.items() if key not in ("dataset", "location")}
+            request = {key: value for key, value in request.items() if value is not None}
+        if unknown := request.keys() - SETTINGS.keys():
+            raise CommandError(f"{where}unknown {sorted(unknown)}, known are {', '.join(SETTINGS)}")
+        if "prompt" not in request:
+            raise CommandError(f"{where}no prompt")
+        check_settings(request, where)
+        request.setdefault("name", f"{len(requests) + 1:05d}")
+        if request["name"].casefold() in names:
+            raise CommandError(f"{where}name {request['name']!r} was used before")
+        names.add(request["name"].casefold())
+        requests.append(request)
+    if not requests:
+        raise CommandError(f"no prompt in the list {path}")
+    return requests
+
+
+def parse_arguments(argv):
+    """Arguments, all checked as far as they can be without importing torch; `requests` holds what to make."""
+    parser = Parser(
+        prog="tango",
+        description="Sounds from text with a Tango model.",
+        epilog="Several processes share the work under `accelerate launch -m pipeline_tango ...`, on CPUs under "
+        "`torchrun --nproc_per_node N -m pipeline_tango ...`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("prompt", nargs="?", help="what to hear, such as 'rain and thunder'")
+    parser.add_argument("--version", action="version", version=f"tango {__version__}")
+    parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="diffusers folder, or Hub repo such as owner/name")
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+
+    sound = parser.add_argument_group("the sound")
+    sound.add_argument("--seconds", type=float, metavar="S", help="length in seconds (default: the model's own)")
+    sound.add_argument("--steps", type=int, default=100, metavar="N", help="denoising steps (default: 100)")
+    sound.add_argument(
+        "--guidance",
+        type=float,
+        default=3.0,
+        metavar="SCALE",
+        help="how closely to follow the prompt, 1 or less is off (default: 3)",
+    )
+    sound.add_argument("--negative_prompt", metavar="TEXT", help="what not to hear")
+    sound.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="sampler (default: the model's own)")
+    sound.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="take k has seed N + k - 1 (default: chosen at random and told; with --prompts 0). Line n of a list adds "
+        f"{SEEDS_PER_PROMPT} * (n - 1)",
+    )
+    sound.add_argument(
+        "--takes", type=int, default=1, metavar="N", help="sounds per prompt: rain.wav becomes rain-1.wav, rain-2.wav"
+    )
+    sound.add_argument(
+        "--spectrogram",
+        nargs="?",
+        const="",
+        metavar="PNG",
+        help="also save a picture, seconds by kHz, in dB (default: beside the sound). Needs the extra `demo`",
+    )
+
+    several = parser.add_argument_group("a list of sounds")
+    several.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line (# starts a comment), or JSON lines with prompt and optionally "
+        "negative_prompt, seconds, steps, guidance, seed, name. The folder gets 00001.wav ... (or the names) and "
+        "manifest.jsonl; what it already holds is skipped",
+    )
+    several.add_argument(
+        "--overwrite", action="store_true", help="replace sounds in the folder that were made with other settings"
+    )
+    several.add_argument(
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sounds made at once (default: 1). More is faster on a GPU and may change the least bits of a sound",
+    )
+
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps (default: the accelerator there is, else cpu)")
+    machine.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the UNet, which takes nearly all the time; the rest stays in float32 (default: bfloat16 on an "
+        "accelerator that has it, float16 on other CUDA devices, else float32)",
+    )
+    machine.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the model at work")
+
+    args = parser.parse_args(argv)
+    if args.spectrogram and not args.spectrogram.lower().endswith(".png"):
+        raise CommandError(f"--spectrogram saves a PNG, give it a path that ends in .png, not {args.spectrogram!r}")
+    if args.spectrogram is not None and not find_spec("matplotlib"):
+        raise CommandError('--spectrogram needs matplotlib: pip install "pipeline-tango[demo]"')
+    if (args.prompt is None) == (args.prompts is None):
+        raise CommandError("give either a prompt or --prompts FILE")
+    if not args.model:
+        raise CommandError("give --model: a diffusers folder, or a Hub repo such as owner/name")
+    flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
+    check_settings({name: value for name, value in flags.items() if value is not None})
+    for name in ("takes", "batch_size"):
+        if not is_whole(getattr(args, name), 1, SEEDS_PER_PROMPT):
+            raise CommandError(f"{name} must be a whole number from 1 to {SEEDS_PER_PROMPT}")
+    if args.device is not None and not re.fullmatch(r"(cpu|cuda|xpu|mps)(:\d+)?", args.device):
+        raise CommandError(
+            f"device must be cpu, cuda, xpu or mps, or one of several as in cuda:1, got {args.device!r}"
+        )
+    if args.prompts is not None:
+        if not args.output:
+            raise CommandError("--prompts makes many files: give a folder for them with -o")
+        args.folder = Path(args.output)
+        args.requests = read_prompts(args.prompts)
+    else:
+        output = Path(args.output or "tango.wav")
+        if output.suffix != ".wav":
+            raise CommandError(f"the output must end in .wav, not {str(output)!r}")
+        args.folder = output.parent
+        args.requests = [{"prompt": args.prompt, "name": output.stem}]
+    if args.spectrogram and len(args.requests) * args.takes > 1:
+        raise CommandError("one PNG cannot hold several spectrograms: give --spectrogram without a path")
+    return args
+
+
+def plan_sounds(args, first_seed, model_seconds, model_scheduler):
+    """One dict a sound, prompt by prompt and take by take: its record in the manifest."""
+    sounds = []
+    for position, request in enumerate(args.requests):
+        seed = request.get("seed", first_seed + SEEDS_PER_PROMPT * position)
+        for take in range(args.takes):
+            sounds.append(
+                {
+                    "file": request["name"] + (f"-{take + 1}.wav" if args.takes > 1 else ".wav"),
+                    "prompt": request["prompt"],
+                    "negative_prompt": request.get("negative_prompt", args.negative_prompt),
+                    "seed": seed + take,
+                    "take": take + 1,
+                    "seconds": request.get("seconds", args.seconds or model_seconds),
+                    "steps": request.get("steps", args.steps),
+                    "guidance": request.get("guidance", args.guidance),
+                    "scheduler": model_scheduler,
+                    "model": args.model,
+                }
+            )
+    return sounds
+
+
+def split_into_batches(sounds, batch_size):
+    """Neighbours that can be made in one call, at most `batch_size` of them."""
+    shared = ("negative_prompt", "seconds", "steps", "guidance")
+    batches = []
+    for sound in sounds:
+        last = batches[-1] if batches else []
+        if 0 < len(last) < batch_size and all(last[0][name] == sound[name] for name in shared):
+            last.append(sound)
+        else:
+            batches.append([sound])
+    return batches
+
+
+def read_manifest(path):
+    """Records by file name. A line cut short by a killed run is passed over: its sound is made again."""
+    records = {}
+    if path.exists():
+        for line in path.read_text("utf-8", "replace").split("\n"):
+            try:
+                record = json.loads(line)
+                records[record["file"]] = record
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+    return records
+
+
+def encode_manifest(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write_atomically(path, content):
+    """Write bytes such that `path` holds all of them or what it held before."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def encode_wav(audio, sampling_rate):
+    """16-bit mono WAV. Rounded and clipped, where the original wraps: +1.0 becomes 32767."""
+    import numpy as np
+    from scipy.io import wavfile
+
+    content = io.BytesIO()
+    wavfile.write(content, sampling_rate, np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16))
+    return content.getvalue()
+
+
+def draw_spectrogram(audio, sampling_rate, title):
+    """A PNG of the levels in `audio`, of shape `(num_samples,)`, on a mel-spaced frequency axis."""
+    import textwrap
+
+    import numpy as np
+    from matplotlib.figure import Figure
+    from scipy.signal import stft
+
+    def to_mel(hz):
+        return 2595 * np.log10(1 + np.asarray(hz) / 700)
+
+    window = min(1024, len(audio))
+    frequencies, _, spectrum = stft(audio, sampling_rate, nperseg=window, noverlap=window * 3 // 4, scaling="spectrum")
+    mel = np.linspace(0, to_mel(sampling_rate / 2), 256)
+    rows = np.interp(700 * (10 ** (mel / 2595) - 1), frequencies, np.arange(len(frequencies)))
+    low = np.floor(rows).astype(int)
+    high = np.minimum(low + 1, len(frequencies) - 1)
+    part = (rows - low)[:, None]
+    amplitude = 2 * np.abs(spectrum)  # two-sided: a full-scale sine has 0.5
+    level_db = 20 * np.log10((1 - part) * amplitude[low] + part * amplitude[high] + 1e-6)  # (mel, frames)
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(
+        level_db,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=level_db.max() - 80,
+        vmax=level_db.max(),
+        extent=(0, len(audio) / sampling_rate, 0, mel[-1]),
+    )
+    ticks_khz = [khz for khz in (0, 0.25, 0.5, 1, 2, 4, 8, 16) if khz * 2000 <= sampling_rate]
+    axes.set_yticks(to_mel(1000 * np.array(ticks_khz)), labels=[f"{khz:g}" for khz in ticks_khz])
+    axes.set_xlabel("Time (s)")
+    axes.set_ylabel("Frequency (kHz)")
+    axes.set_title(textwrap.fill(textwrap.shorten(title, 200, placeholder=" ..."), 90), parse_math=False)
+    figure.colorbar(picture, label="Level (dB, full-scale sine = 0)", pad=0.01)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+def read_model_defaults(model):
+    """Length in seconds and scheduler's class name, from the model's index alone."""
+    from . import TangoPipeline
+
+    if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
+        raise OSError(f"{model} is not a diffusers folder: {CONVERT_HINT}")
+    try:
+        config = TangoPipeline.load_config(model)
+        return config["default_audio_length_in_s"], config["scheduler"][1]
+    except Exception as error:  # files and hubs that are not ours: anything may be wrong with them
+        raise OSError(
+            f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
+            f"{CONVERT_HINT} ({error!s:.120})"
+        ) from error
+
+
+def choose_device_and_dtype(args, state):
+    import torch
+
+    if state.num_processes > 1 and args.device not in (None, state.device.type):
+        raise CommandError(f"each process has its own device here: --device can only be {state.device.type}")
+    if state.num_processes > 1 or args.device is None:
+        device = state.device
+    else:
+        try:
+            device = torch.device(args.device)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise CommandError(f"device {args.device} is not there: {str(error).splitlines()[0]}") from error
+    if args.cpu_offload and device.type == "cpu":
+        raise CommandError("--cpu_offload needs an accelerator, and this runs on the CPU")
+    dtype = "float32"
+    if device.type == "cuda":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif device.type == "xpu" and torch.xpu.is_bf16_supported():
+        dtype = "bfloat16"
+    return device, getattr(torch, args.dtype or dtype)
+
+
+def load_pipeline(args, device, dtype):
+    import diffusers
+    import torch
+    import transformers
+
+    from . import SCHEDULERS, TangoPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipe = TangoPipeline.from_pretrained(args.model, dtype={"default": torch.float32, "unet": dtype})
+    except Exception as error:  # files that are not ours: anything may be wrong with them
+        raise RuntimeError(f"cannot load {args.model}: {error}") from error
+    if args.scheduler:
+        pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    if args.cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def find_missing(args, sounds, paths, manifest):
+    """What the manifest records, and the sounds still to be made, after checking that they can be written."""
+    try:
+        for path in paths[sounds[0]["file"]]:
+            part = path.with_name(f".{path.name}.part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            part.unlink(missing_ok=True)
+        for path in (path for group in paths.values() for path in group):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+        records = {} if args.prompts is None else read_manifest(manifest)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot write to {args.folder}: {error}") from error
+
+    todo = []
+    for sound in sounds:
+        wav = paths[sound["file"]][0]
+        record = records.get(sound["file"], {})
+        changed = [name for name in sound if record.get(name) != sound[name]]
+        if record and changed and wav.exists() and not args.overwrite:
+            name = changed[0]
+            raise CommandError(
+                f"{wav} was made with {name} {record.get(name)!r}, not {sound[name]!r}: give another folder, or "
+                "--overwrite"
+            )
+        if changed or not all(path.exists() for path in paths[sound["file"]]):
+            todo.append(sound)
+    return records, todo
+
+
+def make_sounds(args):
+    """Make what `args` ask for, or this process's share of it."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from diffusers.utils.torch_utils import get_device
+
+    from . import SCHEDULERS
+
+    # On CPUs, processes find each other only if told so. The slowest of them is waited for.
+    state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
+    device, dtype = choose_device_and_dtype(args, state)
+    seconds, scheduler = read_model_defaults(args.model)
+    scheduler = SCHEDULERS[args.scheduler].__name__ if args.scheduler else scheduler
+
+    seed, seed_note = args.seed, ""
+    if seed is None and args.prompts is not None:
+        seed = 0  # a list that was broken off goes on with the same seeds
+    elif seed is None:
+        (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
+        seed_note = " (chosen at random)"
+    sounds = plan_sounds(args, seed, seconds, scheduler)
+    paths = {}  # file name in the manifest -> what to write
+    for sound in sounds:
+        wav = args.folder / sound["file"]
+        picture = [] if args.spectrogram is None else [Path(args.spectrogram or wav.with_suffix(".png"))]
+        paths[sound["file"]] = [wav, *picture]
+
+    manifest = args.folder / "manifest.jsonl"
+    records, todo = find_missing(args, sounds, paths, manifest)
+    if not todo:
+        if not args.quiet:
+            say(f"all {len(sounds)} sounds are in {args.folder} already")
+        return
+    if args.prompts is not None and state.is_main_process:
+        remade = {sound["file"] for sound in todo}
+        write_atomically(manifest, encode_manifest(r for name, r in records.items() if name not in remade))
+    state.wait_for_everyone()  # before anyone writes a sound
+
+    if not args.quiet and state.is_main_process:
+        share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
+        there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
+        say(
+            f"{args.model} on {device} in {str(dtype).removeprefix('torch.')}, {scheduler}, seed {seed}{seed_note}, "
+            f"sounds to make: {len(todo)}{there}{share}"
+        )
+    todo = todo[state.process_index :: state.num_processes]
+    pipe = load_pipeline(args, device, dtype) if todo else None
+    compute_in_s = sound_in_s = 0.0
+    for batch in split_into_batches(todo, args.batch_size):
+        pipe.set_progress_bar_config(
+            desc=batch[0]["file"], unit="step", leave=False, disable=args.quiet or not state.is_local_main_process
+        )
+        start = time.perf_counter()
+        audios = pipe(
+            prompt=[sound["prompt"] for sound in batch],
+            negative_prompt=batch[0]["negative_prompt"] and [batch[0]["negative_prompt"]] * len(batch),
+            audio_length_in_s=batch[0]["seconds"],
+            num_inference_steps=batch[0]["steps"],
+            guidance_scale=batch[0]["guidance"],
+            generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
+        ).audios
+        compute_in_s += time.perf_counter() - start
+        for sound, audio in zip(batch, audios):
+            sampling_rate = pipe.vocoder.config.sampling_rate
+            sound_in_s += len(audio) / sampling_rate
+            wav, *pictures = paths[sound["file"]]
+            for picture in pictures:
+                write_atomically(picture, draw_spectrogram(audio, sampling_rate, sound["prompt"]))
+            write_atomically(wav, encode_wav(audio, sampling_rate))
+            if args.prompts is not None:
+                with open(manifest, "ab", buffering=0) as file:  # one write a line: processes do not mix
+                    file.write(encode_manifest([sound]))
+            if not args.quiet:
+                say(f"{wav}  {len(audio) / sampling_rate:g} s  seed {sound['seed']}")
+    if todo and not args.quiet:
+        say(
+            f"{sound_in_s:g} s of sound in {compute_in_s:.1f} s without loading: "
+            f"real-time factor {compute_in_s / sound_in_s:.3g}"
+        )
+
+    if args.prompts is not None:
+        state.wait_for_everyone()
+        if state.is_main_process:
+            records = read_manifest(manifest)
+            in_order = [records.pop(sound["file"], sound) for sound in sounds]
+            write_atomically(manifest, encode_manifest([*records.values(), *in_order]))
+    state.destroy_process_group()
+
+
+def main(argv=None):
+    """Run the command. Returns the exit status: 0, 1 (it failed), 2 (asked for wrongly) or 130 (Ctrl-C)."""
+    try:
+        with warnings.catch_warnings():  # leave out what libraries tell each other's developers
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+            make_sounds(parse_arguments(argv))
+    except SystemExit as stop:  # --help and --version
+        return stop.code
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    except (CommandError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        say(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}")
+        return 2 if isinstance(error, CommandError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,445 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import wavfile
+
+from pipeline_tango import SCHEDULERS, __version__
+from pipeline_tango.__main__ import SCHEDULER_NAMES, draw_spectrogram, encode_wav, main, read_prompts
+
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--steps", "2", "--seconds", "0.1", "--device", "cpu"]
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text("utf-8").splitlines()]
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models lose more to waiting threads than they win; and bytes can depend on the number of threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def tango(tiny_folder, tmp_path, monkeypatch):
+    """Runs the command on the tiny checkpoint in a folder of its own; the last `--steps` and `--seconds` count."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: main(["--model", str(tiny_folder), *QUICK, *map(str, arguments)])
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs the command, which has to fail in one line, and returns the exit status and that line."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return status, lines[0]
+
+    return run
+
+
+def test_scheduler_names_are_those_of_the_pipeline():
+    assert SCHEDULER_NAMES == tuple(SCHEDULERS)
+
+
+def test_int16_is_rounded_and_never_wraps():
+    audio = np.array([1.0, -1.0, 0.5, 0.0, 1.6 / 32768, 2.0, -2.0], dtype=np.float32)
+    sampling_rate, samples = wavfile.read(io.BytesIO(encode_wav(audio, 16000)))
+    assert sampling_rate == 16000 and samples.dtype == np.int16
+    assert samples.tolist() == [32767, -32768, 16384, 0, 2, 32767, -32768]
+
+
+def test_wav_holds_what_the_pipeline_makes(tango, pipe, tmp_path):
+    assert tango("rain", "--seed", 3, "-o", "new/folder/rain.wav", "--negative_prompt", "hiss") == 0
+    generator = torch.Generator().manual_seed(3)
+    audio = pipe(
+        "rain", audio_length_in_s=0.1, num_inference_steps=2, negative_prompt="hiss", generator=generator
+    ).audios[0]
+    sampling_rate, samples = wavfile.read(tmp_path / "new" / "folder" / "rain.wav")
+    assert sampling_rate == 16000
+    assert np.abs(samples - audio * 32768).max() <= 1
+    assert np.abs(samples).max() > 100
+    assert os.listdir(tmp_path / "new" / "folder") == ["rain.wav"]
+
+
+def test_takes_are_reproducible_however_many_are_asked_for(tango, tmp_path, capsys):
+    assert tango("rain", "-o", "a.wav", "--seed", 5) == 0
+    assert tango("rain", "-o", "b.wav", "--seed", 5, "--takes", 3) == 0
+    assert tango("rain", "-o", "c.wav", "--seed", 7) == 0
+    made = bytes_of(tmp_path)
+    assert sorted(made) == ["a.wav", "b-1.wav", "b-2.wav", "b-3.wav", "c.wav"]
+    assert made["a.wav"] == made["b-1.wav"] != made["b-2.wav"]
+    assert made["b-3.wav"] == made["c.wav"]
+
+    assert tango("rain", "-o", "d.wav", "--seed", 5, "--takes", 3, "--batch_size", 2) == 0
+    for take in (1, 2, 3):
+        one, batched = (wavfile.read(f"{name}-{take}.wav")[1].astype(int) for name in "bd")
+        assert np.abs(one - batched).max() <= 1
+
+    capsys.readouterr()
+    assert tango("rain", "-o", "e.wav") == 0
+    told = capsys.readouterr().err
+    assert "float32" in told.splitlines()[0] and "real-time factor" in told.splitlines()[-1]
+    seed = told.split("seed ")[1].split(" (chosen at random)")[0]
+    assert tango("rain", "-o", "f.wav", "--seed", seed) == 0
+    assert Path("e.wav").read_bytes() == Path("f.wav").read_bytes()
+
+
+def test_length_is_exact_and_defaults_to_that_of_the_checkpoint(tango, tiny_folder):
+    for seconds, num_samples in ((0.0201, 322), (0.1234567, 1975), (1 / 3, 5333)):
+        assert tango("rain", "--seconds", seconds, "--quiet") == 0
+        assert len(wavfile.read("tango.wav")[1]) == num_samples
+    assert main(["rain", "--model", str(tiny_folder), "--steps", "1", "--quiet"]) == 0
+    assert len(wavfile.read("tango.wav")[1]) == 163840
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_unet_in_half_precision_makes_nearly_the_same_sound(tango, dtype, capsys):
+    assert tango("rain", "--seed", 0, "-o", "full.wav") == 0
+    assert tango("rain", "--seed", 0, "-o", "half.wav", "--dtype", dtype) == 0
+    assert f"on cpu in {dtype}" in capsys.readouterr().err
+    full, half = (wavfile.read(name)[1].astype(float) for name in ("full.wav", "half.wav"))
+    assert 0 < np.abs(full - half).std() < 0.1 * full.std()
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_every_scheduler_runs(tango, name, capfd):
+    assert tango("rain", "--scheduler", name, "--steps", 4, "--quiet", "--seed", 0) == 0
+    assert np.abs(wavfile.read("tango.wav")[1].astype(int)).max() > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lists_as_text_and_as_json_lines(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeff# sounds\r\nrain\r\n\r\n  a dog, barking \n{not json\n".encode())
+    assert read_prompts(str(path)) == [
+        {"prompt": "rain", "name": "00001"},
+        {"prompt": "a dog, barking", "name": "00002"},
+        {"prompt": "{not json", "name": "00003"},
+    ]
+    path.write_text('{"prompt": "rain", "seed": 4, "seconds": null}\n\n{"prompt": "wind", "name": "w", "guidance": 1}')
+    assert read_prompts(str(path)) == [
+        {"prompt": "rain", "seed": 4, "name": "00001"},
+        {"prompt": "wind", "name": "w", "guidance": 1},
+    ]
+    path.write_text('{"dataset": "x", "location": "y.wav", "captions": "rain"}')
+    assert read_prompts(str(path)) == [{"prompt": "rain", "name": "00001"}]
+
+
+def test_a_list_becomes_a_folder_with_a_manifest(tango, tiny_folder, tmp_path):
+    Path("list.jsonl").write_text(
+        '{"prompt": "rain"}\n'
+        '{"prompt": "größe $x$", "negative_prompt": "hiss", "seconds": 0.2, "steps": 1, "guidance": 1, "seed": 9, '
+        '"name": "big rain"}\n'
+    )
+    assert tango("--prompts", "list.jsonl", "-o", "out", "--takes", 2, "--seed", 1, "--spectrogram") == 0
+    names = ["00001-1", "00001-2", "big rain-1", "big rain-2"]
+    wavs = [f"{name}.wav" for name in names]
+    assert sorted(os.listdir("out")) == sorted([*wavs, *(f"{name}.png" for name in names), "manifest.jsonl"])
+    records = records_of(tmp_path / "out")
+    assert [(record["file"], record["seed"], record["take"]) for record in records] == [
+        (wavs[0], 1, 1),
+        (wavs[1], 2, 2),
+        (wavs[2], 9, 1),
+        (wavs[3], 10, 2),
+    ]
+    assert records[2] == {
+        "file": "big rain-1.wav",
+        "prompt": "größe $x$",
+        "negative_prompt": "hiss",
+        "seed": 9,
+        "take": 1,
+        "seconds": 0.2,
+        "steps": 1,
+        "guidance": 1,
+        "scheduler": "DDPMScheduler",
+        "model": str(tiny_folder),
+    }
+    assert len(wavfile.read("out/big rain-1.wav")[1]) == 3200
+    assert tango("rain", "--seed", 2, "-o", "alone.wav") == 0
+    assert Path("alone.wav").read_bytes() == Path("out/00001-2.wav").read_bytes()
+
+
+def test_a_broken_run_is_finished_with_the_same_bytes(tango, tmp_path, capsys):
+    Path("list.txt").write_text("rain\nwind\nsea\ndog\n")
+    asked = ("--prompts", "list.txt", "-o", "out")
+    assert tango(*asked) == 0
+    out = tmp_path / "out"
+    whole = bytes_of(out)
+    modified = (out / "00001.wav").stat().st_mtime_ns
+
+    # killed between a sound and its record, while writing a record, and a file lost
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    (out / "manifest.jsonl").write_text(f"{lines[0]}\n{lines[3]}\n{lines[1][:40]}")
+    (out / ".00002.wav.part").write_bytes(b"half")
+    (out / "00004.wav").unlink()
+    assert tango(*asked) == 0
+    assert bytes_of(out) == whole
+    assert (out / "00001.wav").stat().st_mtime_ns == modified
+
+    Path("list.txt").write_text("rain\nwind\nsea\ndog\ncat\n")
+    assert tango(*asked) == 0
+    grown = bytes_of(out)
+    assert grown.pop("00005.wav")
+    assert {**grown, "manifest.jsonl": whole["manifest.jsonl"]} == whole
+    assert len(records_of(out)) == 5
+
+    capsys.readouterr()
+    assert tango(*asked) == 0
+    assert "already" in capsys.readouterr().err
+    assert (out / "00001.wav").stat().st_mtime_ns == modified
+
+
+def test_sounds_made_with_other_settings_are_kept_unless_told(tango, tmp_path, capsys):
+    Path("list.txt").write_text("rain\nwind\n")
+    assert tango("--prompts", "list.txt", "-o", "out") == 0
+    before = bytes_of(tmp_path / "out")
+    assert tango("--prompts", "list.txt", "-o", "out", "--steps", 3) == 2
+    assert "was made with steps 2, not 3: give another folder, or --overwrite" in capsys.readouterr().err
+    assert bytes_of(tmp_path / "out") == before
+    Path("list.txt").write_text("rain\nstorm\n")
+    assert tango("--prompts", "list.txt", "-o", "out", "--overwrite") == 0
+    after = bytes_of(tmp_path / "out")
+    assert after["00001.wav"] == before["00001.wav"] and after["00002.wav"] != before["00002.wav"]
+    assert [record["prompt"] for record in records_of(tmp_path / "out")] == ["rain", "storm"]
+
+
+def test_two_processes_share_a_list(tango, tiny_folder, tmp_path):
+    Path("list.txt").write_text("rain\nwind\nsea\n")
+    asked = ["--model", str(tiny_folder), *QUICK, "--prompts", str(tmp_path / "list.txt"), "--takes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    together = subprocess.run(
+        [*launch, "-m", "pipeline_tango", *asked, "-o", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert together.returncode == 0 and "by 2 processes" in together.stderr, together.stderr
+    assert main([*asked, "-o", "one"]) == 0
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
+
+
+def test_ctrl_c_leaves_whole_sounds_only(tango, tmp_path, capsys):
+    Path("list.jsonl").write_text('{"prompt": "rain"}\n{"prompt": "a long one", "steps": 900, "seconds": 5}\n')
+    manifest = tmp_path / "out" / "manifest.jsonl"
+
+    def interrupt_the_second():
+        while not (manifest.exists() and manifest.read_text().endswith("}\n")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_the_second, daemon=True)
+    thread.start()
+    assert tango("--prompts", "list.jsonl", "-o", "out") == 130
+    thread.join()
+    assert sorted(os.listdir("out")) == ["00001.wav", "manifest.jsonl"]
+    assert [record["file"] for record in records_of(tmp_path / "out")] == ["00001.wav"]
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+
+
+def test_spectrogram_shows_a_tone_where_it_is():
+    time_in_s = np.arange(32000) / 16000
+    tone = np.where(time_in_s < 1, 0.5 * np.sin(2 * np.pi * 1000 * time_in_s), 0).astype(np.float32)
+    picture = Image.open(io.BytesIO(draw_spectrogram(tone, 16000, "a $tone% of 1 kHz " * 20)))
+    assert picture.format == "PNG" and picture.size == (1200, 504)
+    pixels = np.asarray(picture.convert("L"), dtype=float)
+    inside = pixels[150:400, 150:1000]  # away from axes, title and colour bar
+    assert inside.std() > 20
+    left, right = inside[:, :300], inside[:, 600:]
+    assert right.max() < 30 and left.max() > 200
+    rows = np.argwhere(left.mean(axis=1) > 150).ravel()
+    assert 0 < len(rows) < 20  # one thin line
+
+
+@pytest.mark.parametrize("num_samples", [1, 16, 700, 1025])
+def test_spectrogram_of_next_to_nothing(num_samples):
+    picture = Image.open(io.BytesIO(draw_spectrogram(np.zeros(num_samples, dtype=np.float32), 16000, "silence")))
+    assert picture.size == (1200, 504)
+
+
+def test_spectrogram_goes_where_asked(tango, tmp_path):
+    assert tango("rain", "--spectrogram", "-o", "a.wav") == 0
+    assert tango("rain", "-o", "b.wav", "--spectrogram", "pictures/seen.png") == 0
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "a.wav", "b.wav", "seen.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give either a prompt or --prompts"),
+        (["rain", "--prompts", "list.txt"], "give either a prompt or --prompts"),
+        (["  "], "prompt must be a text that is not empty"),
+        (["\udcff"], "prompt must be a text"),
+        (["rain", "--seconds", "0"], "seconds must be a number of seconds"),
+        (["rain", "--seconds", "nan"], "seconds must be a number of seconds"),
+        (["rain", "--seconds", "long"], "invalid float value"),
+        (["rain", "--steps", "0"], "steps must be a whole number"),
+        (["rain", "--steps", "1.5"], "invalid int value"),
+        (["rain", "--guidance", "-1"], "guidance must be a number"),
+        (["rain", "--seed", "-1"], "seed must be a whole number"),
+        (["rain", "--takes", "0"], "takes must be"),
+        (["rain", "--batch_size", "0"], "batch_size must be"),
+        (["rain", "--scheduler", "flow"], "invalid choice: 'flow'"),
+        (["rain", "--dtype", "int8"], "invalid choice"),
+        (["rain", "--device", "tpu"], "device must be cpu"),
+        (["rain", "--device", "cuda:99"], "device cuda:99 is not there"),
+        (["rain", "--device", "cpu", "--cpu_offload"], "needs an accelerator"),
+        (["rain", "-o", "rain.mp3"], "must end in .wav"),
+        (["rain", "-o", "folder.wav"], "is a folder"),
+        (["rain", "-o", "file.txt/rain.wav"], "cannot write"),
+        (["rain", "-o", "x" * 300 + ".wav"], "cannot write"),
+        (["rain", "--spectrogram", "a.jpg"], "ends in .png"),
+        (["rain", "--spectrogram", "a.png", "--takes", "2"], "one PNG cannot hold several"),
+        (["rain", "thunder"], "unrecognized arguments: thunder"),
+        (["rain", "--step", "3"], "unrecognized arguments"),
+        (["--prompts", "list.txt"], "give a folder for them with -o"),
+        (["--prompts", "list.txt", "-o", "file.txt"], "cannot write"),
+        (["--prompts", "missing.txt", "-o", "out"], "cannot read the list missing.txt"),
+        (["--prompts", "folder.wav", "-o", "out"], "cannot read the list"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(error_of, tiny_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("rain\n")
+    Path("file.txt").write_text("")
+    Path("folder.wav").mkdir()
+    status, line = error_of("--model", tiny_folder, *arguments)
+    assert status == 2 and message in line
+    assert sorted(os.listdir()) == ["file.txt", "folder.wav", "list.txt"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no prompt in the list"),
+        (b"# only\n\n", "no prompt in the list"),
+        (b"\xff\xfe", "cannot read the list"),
+        (b'{"prompt": "rain"}\nwind\n', "line 2: not JSON"),
+        (b'{"prompt": "rain"}\n[1]\n', "line 2: not a JSON object"),
+        (b'\n{"seed": 1}\n', "line 2: no prompt"),
+        (b'{"prompt": ""}', "line 1: prompt must be"),
+        (b'{"prompt": ["rain"]}', "line 1: prompt must be"),
+        (b'{"prompt": "\\ud800"}', "line 1: prompt must be"),
+        (b'{"prompt": "rain", "steps": true}', "line 1: steps must be"),
+        (b'{"prompt": "rain", "seconds": Infinity}', "line 1: seconds must be"),
+        (b'{"prompt": "rain", "seed": 1.0}', "line 1: seed must be"),
+        (b'{"prompt": "rain", "seed": 9223372036854775808}', "line 1: seed must be"),
+        (b'{"prompt": "rain", "length": 3}', "line 1: unknown ['length']"),
+        (b'{"prompt": "rain", "name": "../rain"}', "line 1: name must be"),
+        (b'{"prompt": "rain", "name": "a"}\n{"prompt": "rain", "name": "A"}', "line 2: name 'A' was used before"),
+        (b'{"prompt": "rain", "name": "00002"}\n{"prompt": "rain"}', "line 2: name '00002' was used before"),
+    ],
+)
+def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    status, line = error_of("--prompts", path, "--model", tiny_folder, "-o", tmp_path / "out")
+    assert status == 2 and message in line
+    assert os.listdir(tmp_path) == ["list.txt"]
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
+    assert "give --model" in error_of("rain")[1]
+    status, line = error_of("rain", "--model", tmp_path / "missing")
+    assert status == 1 and "no model in" in line and "model_index.json" in line
+    status, line = error_of("rain", "--model", original_checkpoint)
+    assert status == 1 and "python -m convert.convert_tango" in line
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
+    status, line = error_of("rain", "--model", broken, "-o", tmp_path / "rain.wav", "--quiet")
+    assert status == 1 and "cannot load" in line
+    assert sorted(os.listdir(tmp_path)) == ["broken"]
+
+
+def test_a_full_disk_leaves_nothing(tango, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    Path("old.wav").write_bytes(b"kept")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write past 1000 bytes fails
+    try:
+        status = tango("rain", "-o", "old.wav")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert status == 1 and "File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert bytes_of(tmp_path) == {"old.wav": b"kept"}
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert "length in seconds" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tango {__version__}\n"
+
+
+def test_a_wrong_command_line_does_not_import_torch():
+    script = "import sys; from pipeline_tango.__main__ import main; print(main([]), 'torch' in sys.modules)"
+    made = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert made.stdout == "2 False\n", made
+
+
+FLAGS = ["--seconds", "--steps", "--takes", "--seed", "--guidance", "--prompts", "-o", "--spectrogram", "--device"]
+FLAGS += ["--negative_prompt", "--scheduler", "--dtype", "--quiet", "--overwrite", "--batch_size", "--help", "--", "-"]
+VALUES = ["0", "1", "2", "-1", "0.05", "nan", "1e999", "9" * 30, "rain", "a.wav", "a.png", "list", "out", "cpu", "lcm"]
+ANY_TEXT = st.text(st.characters(exclude_characters="/"), max_size=8)
+FUZZ = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
+
+
+@settings(max_examples=60, **FUZZ)
+@given(st.lists(st.one_of(st.sampled_from(FLAGS), st.sampled_from(VALUES), ANY_TEXT), max_size=6))
+def test_no_command_line_raises_or_leaves_partial_files(tango, arguments):
+    Path("list").write_text("rain\nwind\n")
+    assert tango(*arguments) in (0, 1, 2)
+    assert not list(Path().rglob("*.part"))
+    for path in Path().rglob("*.wav"):
+        assert len(wavfile.read(path)[1]) > 0
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT, st.lists, max_leaves=3)
+NAMES = st.sampled_from(["prompt", "captions", "negative_prompt", "seconds", "steps", "guidance", "seed", "name", "x"])
+LISTS = st.one_of(
+    st.binary(max_size=40),
+    st.lists(st.dictionaries(NAMES, JSON, max_size=3).map(json.dumps), max_size=3).map("\n".join).map(str.encode),
+)
+
+
+@settings(max_examples=150, **FUZZ)
+@given(LISTS)
+def test_no_list_raises_or_leaves_files(tmp_path, content):
+    path = tmp_path / "list"
+    path.write_bytes(content)
+    assert main(["--prompts", str(path), "--model", str(tmp_path / "missing"), "-o", str(tmp_path / "out")]) in (1, 2)
+    assert os.listdir(tmp_path) == ["list"]
