@@ -1,0 +1,249 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDENS, golden
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline_tango import TangoPipeline
+from training.objective import (
+    check_scheduler,
+    diffusion_loss,
+    diffusion_target,
+    empty_prompt_rows,
+    min_snr_weight,
+    perturb_noise,
+    sample_noise,
+    sample_timesteps,
+    snr,
+)
+
+
+META = json.loads((GOLDENS / "golden" / "meta.json").read_text())
+
+
+def make_scheduler(prediction_type="v_prediction", **kwargs):
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        **kwargs,
+    )
+
+
+def make_generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def original(converted):
+    """The original's UNet, scheduler and text states of its training prompts, converted."""
+    pipe = TangoPipeline.from_pretrained(converted)
+    with torch.no_grad():
+        prompt_embeds, attention_mask, _, _ = pipe.encode_prompt(
+            META["train_prompts"], do_classifier_free_guidance=False
+        )
+    scheduler = DDPMScheduler.from_pretrained(converted, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(converted, subfolder="unet").eval()
+    return unet, scheduler, prompt_embeds, attention_mask
+
+
+def original_loss(original, timesteps, gamma):
+    unet, scheduler, prompt_embeds, attention_mask = original
+    tensors = golden("train")
+    latents, noise = tensors["latents"], tensors["noise"]
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    model_pred = unet(noisy_latents, timesteps, prompt_embeds, encoder_attention_mask=attention_mask).sample
+    weights = None
+    if gamma is not None:
+        ratios = snr(scheduler.alphas_cumprod, timesteps)
+        weights = min_snr_weight(ratios, gamma, scheduler.config.prediction_type, weighting="original")
+    return diffusion_loss(model_pred, diffusion_target(scheduler, latents, noise, timesteps), weights).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps", "gamma"),
+    [
+        ("snr_none", META["train_timesteps"], None),
+        ("snr_5", META["train_timesteps"], 5.0),
+        ("validation_snr_none", [500, 500], None),
+        ("validation_snr_5", [500, 500], 5.0),
+    ],
+)
+def test_loss_matches_the_original(original, name, timesteps, gamma):
+    with torch.no_grad():
+        loss = original_loss(original, torch.tensor(timesteps), gamma)
+    assert loss.item() == pytest.approx(META["train_losses"][name], rel=1e-5)
+
+
+def test_gradients_match_the_original(original):
+    unet = original[0]
+    original_loss(original, golden("train")["timesteps"], 5.0).backward()
+    for name, norm in META["train_grad_norms_snr_5"].items():
+        assert unet.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-4)
+    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in unet.parameters()])
+    assert total.item() == pytest.approx(META["train_grad_norm_total_snr_5"], rel=1e-4)
+    unet.zero_grad()
+
+
+def test_snr_matches_the_original_and_diffusers():
+    scheduler, tensors = make_scheduler(), golden("train")
+    torch.testing.assert_close(snr(scheduler.alphas_cumprod, tensors["timesteps"]), tensors["snr"], rtol=1e-4, atol=0)
+    timesteps = torch.arange(1000)
+    expected = compute_snr(scheduler, timesteps)
+    torch.testing.assert_close(snr(scheduler.alphas_cumprod, timesteps), expected, rtol=1e-4, atol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(timestep=st.integers(0, 999), gamma=st.floats(0.1, 100.0), seed=st.integers(0, 1000))
+def test_epsilon_and_v_weights_give_the_same_loss_for_the_same_guess_of_the_latents(timestep, gamma, seed):
+    # Hang et al. 2023: whatever is predicted, the squared error of the latents it implies counts min(SNR, gamma)
+    timesteps = torch.tensor([timestep])
+    noise, latents, error = sample_noise((3, 1, 4, 4), make_generators(seed, seed + 1, seed + 2)).split(1)
+    scheduler = make_scheduler()
+    alpha_squared = scheduler.alphas_cumprod[timestep].double()
+    alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    noisy_latents, guess = alpha * latents + sigma * noise, latents + error
+    guessed_noise = (noisy_latents - alpha * guess) / sigma
+    ratios = snr(scheduler.alphas_cumprod, timesteps)
+    expected = ratios.clamp(max=gamma) * error.square().mean()
+    for prediction_type, model_pred in (
+        ("epsilon", guessed_noise),
+        ("v_prediction", alpha * guessed_noise - sigma * guess),
+    ):
+        target = diffusion_target(make_scheduler(prediction_type), latents, noise, timesteps)
+        weights = min_snr_weight(ratios, gamma, prediction_type)
+        torch.testing.assert_close(diffusion_loss(model_pred, target, weights), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_weights_at_their_limits():
+    ratios = torch.tensor([0.0, 1.0, 5.0, 20.0, torch.inf])
+    expected = {
+        ("epsilon", "min_snr"): [1, 1, 1, 0.25, 0],
+        ("v_prediction", "min_snr"): [0, 1 / 2, 5 / 6, 5 / 21, 0],
+        ("epsilon", "original"): [1, 1, 1, 0.25, 0],
+        ("v_prediction", "original"): [1, 1, 1, 0.25, 0],
+    }
+    for (prediction_type, weighting), weights in expected.items():
+        came = min_snr_weight(ratios, 5.0, prediction_type, weighting)
+        torch.testing.assert_close(came, torch.tensor(weights, dtype=torch.float32))
+
+
+def test_a_very_large_gamma_is_no_weight_for_epsilon_and_the_latents_loss_for_v():
+    ratios = snr(make_scheduler().alphas_cumprod, torch.arange(1000))
+    assert (min_snr_weight(ratios, 1e9, "epsilon") == 1).all()
+    torch.testing.assert_close(min_snr_weight(ratios, 1e9, "v_prediction"), ratios / (ratios + 1))
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "original"])
+def test_zero_terminal_snr_is_finite_for_v(weighting):
+    scheduler = make_scheduler(rescale_betas_zero_snr=True)
+    check_scheduler(scheduler)
+    timesteps = torch.arange(1000)
+    ratios = snr(scheduler.alphas_cumprod, timesteps)
+    weights = min_snr_weight(ratios, 5.0, "v_prediction", weighting)
+    assert ratios[-1] == 0 and weights.isfinite().all()
+    latents, noise = sample_noise((2, 1, 2, 2), make_generators(0, 1)).split(1)
+    torch.testing.assert_close(diffusion_target(scheduler, latents, noise, timesteps[-1:]), -latents)
+    torch.testing.assert_close(scheduler.add_noise(latents, noise, timesteps[-1:]), noise)
+
+
+def test_epsilon_target_is_the_noise():
+    latents, noise = torch.randn(2, 3, 1, 4, 4)
+    assert diffusion_target(make_scheduler("epsilon"), latents, noise, torch.tensor([0, 500, 999])) is noise
+
+
+def test_loss_is_per_sample_weighted_and_in_float32():
+    model_pred, target, weights = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.0, 1.0, 2.0])
+    loss = diffusion_loss(model_pred, target, weights)
+    for row in range(3):
+        torch.testing.assert_close(loss[row], weights[row] * F.mse_loss(model_pred[row], target[row]))
+    torch.testing.assert_close(diffusion_loss(model_pred, target).mean(), F.mse_loss(model_pred, target))
+    half = diffusion_loss(torch.full((1, 2), 300.0, dtype=torch.float16), torch.zeros(1, 2, dtype=torch.float16))
+    assert half.dtype == torch.float32 and half.item() == 90000.0  # over the range of float16
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda generators: sample_timesteps(1000, generators),
+        lambda generators: sample_noise((len(generators), 2, 3, 4), generators),
+        lambda generators: sample_noise((len(generators), 2, 3, 4), generators, noise_offset=0.1),
+        lambda generators: perturb_noise(torch.zeros(len(generators), 2, 3), generators, 0.1),
+        lambda generators: empty_prompt_rows(0.5, generators),
+    ],
+)
+def test_what_a_sample_draws_does_not_depend_on_its_batch(draw):
+    seeds = range(8)
+    together = draw(make_generators(*seeds))
+    halves = [draw(make_generators(*seeds[:5])), draw(make_generators(*seeds[5:]))]
+    alone = [draw(make_generators(seed)) for seed in seeds]
+    assert torch.equal(together, torch.cat(halves)) and torch.equal(together, torch.cat(alone))
+    assert len(together.unique(dim=0)) > 1
+
+
+def test_timesteps_are_uniform_over_the_schedule():
+    timesteps = sample_timesteps(4, make_generators(0) * 4000)
+    assert timesteps.dtype == torch.int64
+    assert (timesteps.bincount(minlength=4) - 1000).abs().max() < 120  # 4 standard deviations
+
+
+def test_rows_are_emptied_in_proportion():
+    generators = make_generators(0) * 4000
+    assert empty_prompt_rows(0.1, generators).sum().item() == pytest.approx(400, abs=80)
+    assert not empty_prompt_rows(0.0, generators).any() and empty_prompt_rows(1.0, generators).all()
+
+
+def test_noise_offset_is_constant_over_a_channel():
+    shape = (2, 3, 8, 4)
+    offset = sample_noise(shape, make_generators(0, 1), noise_offset=0.1) - sample_noise(shape, make_generators(0, 1))
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand(shape), atol=1e-6, rtol=0)
+    assert len(offset[:, :, 0, 0].unique()) == 6
+
+
+def test_perturbed_noise_is_wider_by_the_perturbation():
+    noise = sample_noise((1, 1, 300, 300), make_generators(0))
+    perturbed = perturb_noise(noise, make_generators(1), 0.5)
+    assert (perturbed - noise).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.equal(perturb_noise(noise, make_generators(1), 0.0), noise)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: check_scheduler(make_scheduler("sample")), "prediction_type"),
+        (lambda: check_scheduler(make_scheduler("epsilon", rescale_betas_zero_snr=True)), "rescale_betas_zero_snr"),
+        (lambda: sample_timesteps(1000, torch.Generator()), "generators"),
+        (lambda: sample_timesteps(1000, []), "generators"),
+        (lambda: sample_noise((2, 1, 2, 2), make_generators(0)), "generators"),
+        (lambda: empty_prompt_rows(1.1, make_generators(0)), "proportion"),
+        (
+            lambda: diffusion_target(
+                make_scheduler("sample"), torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0])
+            ),
+            "prediction_type",
+        ),
+        (
+            lambda: diffusion_target(make_scheduler(), torch.zeros(1, 2), torch.zeros(1, 3), torch.tensor([0])),
+            "noise",
+        ),
+        (
+            lambda: diffusion_target(make_scheduler(), torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0])),
+            "timesteps",
+        ),
+        (lambda: min_snr_weight(torch.ones(1), 0.0, "epsilon"), "gamma"),
+        (lambda: min_snr_weight(torch.ones(1), 5.0, "sample"), "prediction_type"),
+        (lambda: min_snr_weight(torch.ones(1), 5.0, "epsilon", weighting="both"), "weighting"),
+        (lambda: diffusion_loss(torch.zeros(2, 2), torch.zeros(2, 1)), "model_pred"),
+        (lambda: diffusion_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(1)), "weights"),
+    ],
+)
+def test_bad_arguments_are_named(call, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        call()
