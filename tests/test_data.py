@@ -422,11 +422,11 @@ def test_the_sampler_may_be_moved_on_and_keeps_the_order_without_shuffling():
 
 
 def test_items_are_batched_by_the_stock_collate(clips):
-    loader = DataLoader(clip_dataset(clips, prefix="sound: "), batch_size=4, sampler=EpochSampler(len(clips), seed=5))
+    loader = DataLoader(clip_dataset(clips), batch_size=4, sampler=EpochSampler(len(clips), seed=5))
     batch = next(iter(loader))
     assert batch["waveform"].shape == (4, 16000) and batch["waveform"].dtype == torch.float32
     assert batch["index"].shape == batch["epoch"].shape == (4,)
-    assert all(text.startswith("sound: ") for text in batch["caption"])
+    assert len(batch["caption"]) == 4
     assert torch.allclose(batch["waveform"].abs().amax(1), torch.tensor(0.5))
 
 

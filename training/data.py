@@ -381,12 +381,11 @@ class ClipDataset(torch.utils.data.Dataset):
         crop (`str`): what is kept of longer sounds. "head" is the original's: the whole file is read, its mean removed
             and its start kept. "random" reads a part and removes the mean of that part; a part that is silent is drawn
             again, up to three times.
-        prefix (`str`): put before every caption as it is.
 
     An item is `{"waveform": (num_samples,), "caption": str, "index": int, "epoch": int}`.
     """
 
-    def __init__(self, clips, *, sampling_rate, num_samples, crop="random", seed=0, prefix=""):
+    def __init__(self, clips, *, sampling_rate, num_samples, crop="random", seed=0):
         if crop not in CROPS:
             raise ValueError(f"`crop` must be one of {', '.join(CROPS)}, got {crop!r}.")
         if num_samples < 1:
@@ -398,7 +397,6 @@ class ClipDataset(torch.utils.data.Dataset):
         self.num_samples = num_samples
         self.crop = crop
         self.seed = seed
-        self.prefix = prefix
 
     def __len__(self):
         return len(self.clips)
@@ -407,7 +405,7 @@ class ClipDataset(torch.utils.data.Dataset):
         epoch, index = key
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        caption = self.prefix + clip.captions[rng.integers(len(clip.captions))]
+        caption = clip.captions[rng.integers(len(clip.captions))]
         num_spare = 0 if self.crop == "head" else count_samples(clip, self.sampling_rate) - self.num_samples
         if num_spare <= 0:
             waveform = read_waveform(clip, self.sampling_rate)

@@ -1,0 +1,447 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import build_components
+from safetensors.torch import load_file
+
+from pipeline_tango import TangoPipeline
+from training.train import StepSampler, keyed_generator, main, parse_args
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tango"
+    TangoPipeline(**build_components(), default_audio_length_in_s=0.32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Manifest of five short real clips, all longer than the model's 0.32 s, one with two captions."""
+    folder = tmp_path_factory.mktemp("sounds")
+    lines = []
+    for name in ("rain", "thunder", "birds", "cow", "bell"):
+        source = ROOT / "examples" / "sounds" / f"{'crossing_bell' if name == 'bell' else name}.flac"
+        waveform, sampling_rate = soundfile.read(source, frames=12000)
+        soundfile.write(folder / f"{name}.wav", waveform, sampling_rate)
+        captions = [name, f"the sound of a {name}"] if name == "cow" else name
+        lines.append(json.dumps({"location": f"{name}.wav", "captions": captions}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder / "data.jsonl"
+
+
+@pytest.fixture
+def arguments(model_folder, sounds):
+    def build(output_dir, *more):
+        return [
+            "--pretrained_model_name_or_path",
+            str(model_folder),
+            "--train_manifest",
+            str(sounds),
+            "--output_dir",
+            str(output_dir),
+            "--train_batch_size=2",
+            "--num_workers=0",
+            "--learning_rate=1e-3",
+            "--checkpointing_steps=2",
+            *map(str, more),
+        ]
+
+    return build
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_log(folder) if "loss" in entry]
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name="model/unet/diffusion_pytorch_model.safetensors"):
+    return load_file(Path(folder) / name)
+
+
+def assert_same_weights(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() <= tolerance, name
+
+
+def run(arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "training.train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+# What a run leaves
+
+
+def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, model_folder, tmp_path):
+    flags = ("--max_train_steps=3", "--validation_manifest", sounds, "--validation_prompts", "rain", "thunder")
+    flags += ("--num_validation_timesteps=2", "--num_validation_inference_steps=2", "--validation_steps=2")
+    assert main(arguments(tmp_path, *flags, "--checkpoints_total_limit=1")) == 0
+    log = read_log(tmp_path)
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert [entry["step"] for entry in log if "validation_loss" in entry] == [2, 3]
+    assert log[0]["lr"] == 1e-3 and log[0]["grad_norm"] > 0
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not list(tmp_path.glob(".*"))
+    assert sorted(path.name for path in (tmp_path / "samples" / "step-2").iterdir()) == [
+        "1.png",
+        "1.wav",
+        "2.png",
+        "2.wav",
+    ]
+    pipe = TangoPipeline.from_pretrained(tmp_path / "model")
+    assert pipe("rain", num_inference_steps=1).audios.shape == (1, 5120)
+    assert TangoPipeline.from_pretrained(tmp_path / "best").config.default_audio_length_in_s == 0.32
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "best validation loss" in card and "--learning_rate 0.001" in card
+    before = weights(model_folder, "unet/diffusion_pytorch_model.safetensors")
+    after = weights(tmp_path)
+    assert all((after[name] - before[name]).abs().max() > 0 for name in ("conv_in.weight", "conv_out.weight"))
+    for frozen in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert_same_weights(weights(tmp_path / "model", frozen), weights(model_folder, frozen))
+
+
+def test_training_lowers_the_validation_loss(arguments, sounds, tmp_path):
+    flags = ("--max_train_steps=50", "--lr_scheduler=constant", "--learning_rate=5e-3", "--checkpointing_steps=1000")
+    assert main(arguments(tmp_path, *flags, "--validation_manifest", sounds, "--validation_steps=10")) == 0
+    validation = [entry["validation_loss"] for entry in read_log(tmp_path) if "validation_loss" in entry]
+    assert min(validation[-3:]) < 0.97 * validation[0]
+
+
+# Exactness
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(arguments, tmp_path):
+    flags = (
+        "--augment=pressure",
+        "--num_mixes=1",
+        "--use_ema",
+        "--train_text_encoder",
+        "--proportion_empty_prompts=0.3",
+    )
+    flags += ("--snr_gamma=5", "--gradient_accumulation_steps=2", "--max_train_steps=5")
+    assert main(arguments(tmp_path / "unbroken", *flags)) == 0
+    assert main(arguments(tmp_path / "broken", *flags)) == 0
+    for name in ("checkpoint-4", "checkpoint-5"):  # as if it had been killed in step 4
+        subprocess.run(["rm", "-r", tmp_path / "broken" / name], check=True)
+    with open(tmp_path / "broken" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(arguments(tmp_path / "broken", *flags, "--resume_from_checkpoint=latest")) == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    assert_same_weights(weights(tmp_path / "broken"), weights(tmp_path / "unbroken"))
+    text_encoder = "model/text_encoder/model.safetensors"
+    assert_same_weights(weights(tmp_path / "broken", text_encoder), weights(tmp_path / "unbroken", text_encoder))
+    states = [
+        torch.load(tmp_path / run / "checkpoint-5" / "optimizer.bin", weights_only=True)["state"]
+        for run in ("broken", "unbroken")
+    ]
+    for index, state in states[0].items():
+        assert all(torch.equal(value, states[1][index][name]) for name, value in state.items())
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(arguments, tmp_path):
+    flags = ("--max_train_steps=12", "--lora_rank=2", "--lora_dropout=0.5", "--checkpointing_steps=1")
+    assert main(arguments(tmp_path / "unbroken", *flags)) == 0
+    resume = arguments(tmp_path / "killed", *flags, "--resume_from_checkpoint=latest")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.train", *resume],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-3").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "lora").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(resume) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+    name = "lora/pytorch_lora_weights.safetensors"
+    assert_same_weights(weights(tmp_path / "killed", name), weights(tmp_path / "unbroken", name))
+
+
+def test_sigterm_writes_a_checkpoint_and_leaves_cleanly(arguments, tmp_path):
+    flags = arguments(tmp_path, "--max_train_steps=100000", "--checkpointing_steps=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.train", *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "go on with --resume_from_checkpoint latest" in stderr
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == len(losses(tmp_path))
+
+
+def test_a_checkpoint_that_is_not_complete_is_never_picked_up(arguments, tmp_path):
+    assert main(arguments(tmp_path, "--max_train_steps=2")) == 0
+    broken = tmp_path / "checkpoint-9"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    leftover = tmp_path / ".checkpoint-7.partial"
+    leftover.mkdir()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(arguments(tmp_path, "--max_train_steps=4", "--resume_from_checkpoint=latest")) == 0
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
+    assert not leftover.exists()
+
+
+def test_accumulation_changes_nothing_but_rounding(arguments, tmp_path):
+    flags = ("--max_train_steps=3", "--adam_epsilon=1e-4")
+    assert main(arguments(tmp_path / "plain", *flags)) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags += ("--train_batch_size=1", "--gradient_accumulation_steps=2")
+    assert main(arguments(tmp_path / "accumulated", *flags)) == 0
+    np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "accumulated"), rtol=1e-4)
+    assert_same_weights(weights(tmp_path / "plain"), weights(tmp_path / "accumulated"), 1e-4)
+    rates = [[entry["lr"] for entry in read_log(tmp_path / run)] for run in ("plain", "accumulated")]
+    assert rates[0] == rates[1]  # the schedule counts optimizer steps
+
+
+def test_two_processes_train_as_one_does_and_resume_exactly(arguments, tmp_path):
+    def launch(output_dir, *more):
+        flags = arguments(output_dir, "--max_train_steps=3", "--adam_epsilon=1e-4", "--train_batch_size=1", *more)
+        result = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+            + ["-m", "training.train", *flags],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "2 process(es)" in result.stderr
+
+    assert main(arguments(tmp_path / "one", "--max_train_steps=3", "--adam_epsilon=1e-4")) == 0
+    launch(tmp_path / "two")
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-4)
+
+    expected, expected_weights = losses(tmp_path / "two"), weights(tmp_path / "two")
+    subprocess.run(["rm", "-r", tmp_path / "two" / "checkpoint-3", tmp_path / "two" / "model"], check=True)
+    launch(tmp_path / "two", "--resume_from_checkpoint=latest")
+    assert losses(tmp_path / "two") == expected
+    assert_same_weights(weights(tmp_path / "two"), expected_weights)
+
+
+def test_each_epoch_takes_every_clip_once_however_many_processes(arguments, tmp_path):
+    class Accelerator:
+        num_processes = 3
+
+    args = parse_args(arguments(tmp_path, "--gradient_accumulation_steps=2"))
+    parts = []
+    for rank in range(3):
+        Accelerator.process_index = rank
+        parts.append(list(StepSampler(7, args, Accelerator, 0, 14)))
+    keys = [key for micro_step in zip(*parts) for batch in micro_step for key in batch]
+    assert len(keys) == 14 * 12
+    for epoch in range(len(keys) // 7):
+        assert sorted(keys[7 * epoch : 7 * epoch + 7]) == [(epoch, index) for index in range(7)]
+    Accelerator.process_index = 1
+    assert list(StepSampler(7, args, Accelerator, 5, 14)) == parts[1][10:]
+
+
+def test_generators_depend_on_every_part_of_their_key():
+    draws = {key: float(torch.rand(1, generator=keyed_generator(*key))) for key in [(0, 1), (1, 0), (0, 1, 0), (0, 2)]}
+    assert len(set(draws.values())) == 4
+    assert draws[(0, 1)] == float(torch.rand(1, generator=keyed_generator(0, 1)))
+
+
+# Cache
+
+
+def test_the_cache_gives_the_same_training_and_is_filled_once(arguments, tmp_path, caplog):
+    flags = ("--max_train_steps=4", "--crop=head", "--proportion_empty_prompts=0.3", "--adam_epsilon=1e-4")
+    assert main(arguments(tmp_path / "plain", *flags)) == 0
+    flags += ("--cache_dir", tmp_path / "cache")
+    assert main(arguments(tmp_path / "cached", *flags)) == 0
+    np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "cached"), rtol=1e-4)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(files) == 5
+    damaged = next(iter(files))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert main(arguments(tmp_path / "again", *flags)) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
+    written = [path for path in files if path.stat().st_mtime_ns != files[path]]
+    assert written == [damaged]
+
+
+# What trains
+
+
+def test_lora_trains_a_file_that_the_pipeline_loads(arguments, model_folder, tmp_path):
+    for name, flags in (("lora", ()), ("dora", ("--use_dora",))):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(arguments(tmp_path / name, "--max_train_steps=3", "--lora_rank=2", "--lora_alpha=4", *flags)) == 0
+        pipe = TangoPipeline.from_pretrained(model_folder)
+        plain = pipe("rain", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).audios
+        pipe.load_lora_weights(tmp_path / name / "lora")
+        [config] = pipe.unet.peft_config.values()
+        assert (config.r, config.lora_alpha, config.use_dora) == (2, 4, name == "dora")
+        tuned = pipe("rain", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).audios
+        assert np.abs(plain - tuned).max() > 1e-4
+        trained = weights(tmp_path / name / "checkpoint-3", "trained.safetensors")
+        assert all("lora" in key for key in trained)
+
+
+def test_the_moving_average_is_what_is_saved(arguments, tmp_path):
+    assert main(arguments(tmp_path, "--max_train_steps=2", "--use_ema", "--ema_decay=0.5")) == 0
+    current = weights(tmp_path / "checkpoint-2", "model.safetensors")
+    saved = weights(tmp_path)
+    assert (current["unet.conv_in.weight"] - saved["conv_in.weight"]).abs().max() > 1e-5
+
+
+def test_a_training_can_start_from_parts(model_folder, sounds, tmp_path):
+    config = tmp_path / "unet.json"
+    config.write_text((model_folder / "unet" / "config.json").read_text())
+    parts = [f"--{name}={model_folder}" for name in ("vae", "vocoder", "text_encoder")]
+    flags = ["--train_manifest", str(sounds), "--output_dir", str(tmp_path / "out"), "--max_train_steps=1"]
+    flags += ["--audio_length_in_s=0.32", "--train_batch_size=2", "--num_workers=0"]
+    assert main([f"--unet_config={config}", *parts, *flags]) == 0
+    pipe = TangoPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert pipe.config.default_audio_length_in_s == 0.32
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gradient_checkpointing", "--mixed_precision=bf16"),
+        ("--prediction_type=epsilon", "--snr_gamma=5", "--noise_offset=0.1", "--input_perturbation=0.1"),
+        ("--rescale_betas_zero_snr", "--snr_gamma=5", "--snr_weighting=original"),
+        ("--augment=random", "--prefix=Hear: ", "--report_to=tensorboard", "--fused_adam"),
+    ],
+)
+def test_flags_run_and_give_finite_losses(arguments, tmp_path, flags):
+    assert main(arguments(tmp_path, "--max_train_steps=2", *flags)) == 0
+    assert np.isfinite(losses(tmp_path)).all()
+    scheduler = TangoPipeline.from_pretrained(tmp_path / "model").scheduler.config
+    if "--prediction_type=epsilon" in flags:
+        assert scheduler.prediction_type == "epsilon"
+    if "--rescale_betas_zero_snr" in flags:
+        assert scheduler.rescale_betas_zero_snr and scheduler.timestep_spacing == "trailing"
+    if "--report_to=tensorboard" in flags:
+        assert list((tmp_path / "logs").rglob("events.out*"))
+
+
+def test_a_frozen_text_encoder_stays_in_eval_mode(arguments, tmp_path, monkeypatch):
+    seen = []
+    encode_prompt = TangoPipeline.encode_prompt
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.text_encoder.training)
+        return encode_prompt(self, *args, **kwargs)
+
+    monkeypatch.setattr(TangoPipeline, "encode_prompt", spy)
+    assert main(arguments(tmp_path, "--max_train_steps=2")) == 0
+    assert seen and not any(seen)
+
+
+# Wrong on purpose
+
+
+def test_bad_data_is_named_and_skipped_or_refused(arguments, sounds, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = sounds.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["location"] = str(sounds.parent / row["location"])
+    soundfile.write(folder / "silent.wav", np.zeros(8000), 16000)
+    (folder / "corrupt.wav").write_bytes(b"RIFF nothing")
+    rows += [
+        {"location": str(folder / name), "captions": "x"} for name in ("silent.wav", "corrupt.wav", "missing.wav")
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--train_manifest", folder / "data.jsonl", "--max_train_steps=1")
+    assert main(arguments(tmp_path / "skip", *flags)) == 0
+    report = json.loads((tmp_path / "skip" / "bad_train_data.json").read_text())
+    assert {Path(fault["path"]).name: fault["reason"] for fault in report["faults"]} == {
+        "silent.wav": "silent",
+        "corrupt.wav": "unreadable",
+        "missing.wav": "missing",
+    }
+    assert main(arguments(tmp_path / "refuse", *flags, "--on_bad_data=refuse")) == 1
+    error = capsys.readouterr().err
+    assert "error: train data: 3 of 8 sounds cannot be used" in error and "missing.wav" in error
+    assert not list((tmp_path / "refuse").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--train_manifest", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--pretrained_model_name_or_path", "nowhere/at/all"), "nowhere"),
+        (("--resume_from_checkpoint", "nowhere"), "no complete checkpoint"),
+        (("--prediction_type=epsilon", "--rescale_betas_zero_snr"), "v_prediction"),
+        (("--learning_rate=1e9", "--max_train_steps=30"), "the loss is"),
+        (("--use_8bit_adam",), "bitsandbytes"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(arguments, tmp_path, capsys, flags, message):
+    assert main(arguments(tmp_path, "--max_train_steps=1", *flags)) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--unet_config=x",), "--pretrained_model_name_or_path"),
+        (("--dataset_name=x",), "--train_manifest and --dataset_name"),
+        (("--cache_dir=x", "--augment=pressure"), "--cache_dir"),
+        (("--use_dora",), "--lora_rank"),
+        (("--max_train_steps=0",), "--max_train_steps"),
+        (("--proportion_empty_prompts=2",), "--proportion_empty_prompts"),
+        (("--snr_gamma=x",), "--snr_gamma"),
+    ],
+)
+def test_wrong_flags_are_named(arguments, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tmp_path / "out", *flags))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
