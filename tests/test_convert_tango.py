@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import golden
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from hub import File, Hub, Repo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -324,6 +325,42 @@ def test_damaged_weights_do_not_go_back(converted, tmp_path, capsys):
 
 
 # Other sources
+
+
+def test_hub_id_is_downloaded_converted_and_pushed(original_checkpoint, converted, tmp_path):
+    """As with a released checkpoint: the text encoder has a repo of its own and the scheduler is built in."""
+
+    def repo(folder, **changes):
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        files = {name: content for name, content in files.items() if not name.startswith(("tiny-t5/", "scheduler/"))}
+        repo = Repo(private=False)
+        repo.commit("add", {name: File(data, name.endswith(".bin")) for name, data in (files | changes).items()})
+        return repo
+
+    config = json.loads((original_checkpoint / "main_config.json").read_text())
+    config |= {"text_encoder_name": "google/tiny-t5", "scheduler_name": "stabilityai/stable-diffusion-2-1"}
+    with Hub() as hub:
+        hub.repos["alice/original"] = repo(original_checkpoint, **{"main_config.json": json.dumps(config).encode()})
+        hub.repos["google/tiny-t5"] = repo(original_checkpoint / "tiny-t5")
+        stored = [file for repo in hub.repos.values() for file in repo.files.values() if file.is_lfs]
+        hub.objects |= {file.etag: file.content for file in stored}
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_alice", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "convert.convert_tango", "alice/original", str(tmp_path / "out")]
+        command += ["--push_to_hub", "alice/converted", "--private"]
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        assert not [request for request in hub.requests if "tiny-t5" in request and "pytorch_model.bin" in request]
+        pushed = hub.repos["alice/converted"]
+    assert pushed.private and len(pushed.commits) == 2
+    for path in (path for path in converted.rglob("*") if path.is_file()):
+        name = path.relative_to(converted).as_posix()
+        if name not in ("README.md", "original/main_config.json", "tokenizer/tokenizer_config.json"):
+            assert pushed.files[name].content == path.read_bytes(), name
+    card = pushed.files["README.md"].content.decode()
+    assert "base_model: alice/original" in card and 'from_pretrained("alice/converted")' in card
 
 
 @pytest.mark.parametrize("summary_in", ["best", "."])

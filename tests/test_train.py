@@ -12,6 +12,7 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import build_components
+from hub import Hub
 from safetensors.torch import load_file
 
 from pipeline_tango import TangoPipeline
@@ -123,7 +124,9 @@ def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, mod
     assert pipe("rain", num_inference_steps=1).audios.shape == (1, 5120)
     assert TangoPipeline.from_pretrained(tmp_path / "best").config.default_audio_length_in_s == 0.32
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "best validation loss" in card and "--learning_rate 0.001" in card
+    assert "best validation loss" in card and "--learning_rate 0.001" in card and "[thunder](samples/2.wav)" in card
+    assert (tmp_path / "model" / "samples" / "2.wav").exists()
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == len(log)
     before = weights(model_folder, "unet/diffusion_pytorch_model.safetensors")
     after = weights(tmp_path)
     assert all((after[name] - before[name]).abs().max() > 0 for name in ("conv_in.weight", "conv_out.weight"))
@@ -364,6 +367,20 @@ def test_flags_run_and_give_finite_losses(arguments, tmp_path, flags):
         assert scheduler.rescale_betas_zero_snr and scheduler.timestep_spacing == "trailing"
     if "--report_to=tensorboard" in flags:
         assert list((tmp_path / "logs").rglob("events.out*"))
+
+
+def test_the_result_is_pushed_with_its_card(arguments, model_folder, tmp_path):
+    with Hub() as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_alice", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        flags = ("--max_train_steps=1", "--lora_rank=2", "--push_to_hub", "--hub_model_id=alice/rain")
+        result = run(arguments(tmp_path / "out", *flags), **environment)
+        assert result.returncode == 0, result.stderr[-2000:]
+        files = hub.repos["alice/rain"].files
+        assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(files)
+        result = run(arguments(tmp_path / "bad", *flags), **environment | {"HF_TOKEN": "hf_nobody"})
+        assert result.returncode == 1 and "error: " in result.stderr
+        assert (tmp_path / "bad" / "lora").exists()  # what was trained is not lost
 
 
 def test_a_frozen_text_encoder_stays_in_eval_mode(arguments, tmp_path, monkeypatch):

@@ -230,11 +230,19 @@ def keyed_generator(*key):
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def load_pipeline(args):
-    """The pipeline to start from, in float32."""
+def load_pipeline(args, weight_dtype):
+    """The pipeline to start from: `weight_dtype` where weights are large and stay frozen, else float32, which costs
+    the VAE little and the latents nothing."""
     if args.pretrained_model_name_or_path:
         pipe = TangoPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            dtype={
+                "unet": weight_dtype if args.lora_rank else torch.float32,
+                "text_encoder": torch.float32 if args.train_text_encoder else weight_dtype,
+                "default": torch.float32,
+            },
         )
         scheduler_config = dict(pipe.scheduler.config)
     else:
@@ -502,8 +510,8 @@ def load_checkpoint(args, accelerator, settings):
 
 
 class Log:
-    """`log.jsonl` in the output folder: one JSON object for each step and validation. A resumed run takes up where its
-    checkpoint was."""
+    """`log.jsonl` in the output folder, one JSON object for each step and validation, and the same to read in
+    `log.txt`. A resumed run takes up where its checkpoint was."""
 
     def __init__(self, path, step, accelerator):
         self.path, self.accelerator = path, accelerator
@@ -519,6 +527,8 @@ class Log:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+            with open(self.path.with_suffix(".txt"), "a") as file:
+                file.write(f"step {step:7d}  " + "  ".join(f"{name} {value}" for name, value in values.items()) + "\n")
 
 
 @torch.no_grad()
@@ -627,22 +637,35 @@ def save_result(args, accelerator, pipe, model, name, summary):
 
 
 def write_card(args, folder, summary):
+    """Model card with figures, flags, and the last sounds for the validation prompts, which are copied beside it."""
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-audio",
         tags=["tango", "text-to-audio", *(["lora"] if args.lora_rank else [])],
-        base_model=args.pretrained_model_name_or_path if args.pretrained_model_name_or_path else None,
     )
-    flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, []))
-    figures = "\n".join(f"- {name}: {value}" for name, value in summary.items())
+    base = args.pretrained_model_name_or_path
+    if base and not Path(base).exists():
+        data.base_model = base
     if args.lora_rank:
         use = 'pipe = TangoPipeline.from_pretrained("BASE")\npipe.load_lora_weights("THIS_FOLDER_OR_REPO")'
     else:
         use = 'pipe = TangoPipeline.from_pretrained("THIS_FOLDER_OR_REPO")'
+    figures = "\n".join(f"- {name}: {value}" for name, value in summary.items())
+    flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, []))
+    steps = sorted((Path(args.output_dir) / "samples").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    sounds = ""
+    if steps:
+        shutil.copytree(steps[-1], folder / "samples")
+        for i, prompt in enumerate(args.validation_prompts, 1):
+            sounds += f"\n[{prompt}](samples/{i}.wav)\n"
+            if (folder / "samples" / f"{i}.png").exists():
+                sounds += f"\n![spectrogram](samples/{i}.png)\n"
+        sounds = f"## Sounds\n{sounds}\n"
     text = (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(args.output_dir).resolve().name}\n\nTrained with `training.train` of "
-        f"pipeline-tango.\n\n```python\nfrom pipeline_tango import TangoPipeline\n\n{use}\n```\n\n"
-        f"## Figures\n\n{figures}\n\n## Flags\n\n{flags}\n"
+        f"pipeline-tango{f', starting from `{base}`' if base else ''}.\n\n"
+        f"```python\nfrom pipeline_tango import TangoPipeline\n\n{use}\n```\n\n"
+        f"## Figures\n\n{figures}\n\n{sounds}## Flags\n\n{flags}\n"
     )
     ModelCard(text).save(folder / "README.md")
 
@@ -666,13 +689,13 @@ def train(args):
     device = accelerator.device
 
     # 1. Models
-    pipe = load_pipeline(args)
-    check_scheduler(pipe.scheduler)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = load_pipeline(args, weight_dtype)
+    check_scheduler(pipe.scheduler)
     for frozen in (pipe.vae, pipe.vocoder, pipe.text_encoder, pipe.unet):
         frozen.requires_grad_(False)
         frozen.eval()
-    pipe.vae.to(device)  # in float32: half precision costs the latents more than it saves
+    pipe.vae.to(device)
     pipe.text_encoder.to(device, torch.float32 if args.train_text_encoder else weight_dtype)
     if args.lora_rank:
         from peft import LoraConfig
