@@ -1,7 +1,9 @@
 import os
+import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub client is imported: no test may reach a network
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts the tests in the background
 
 from pathlib import Path  # noqa: E402
 
