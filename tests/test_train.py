@@ -243,9 +243,12 @@ def test_accumulation_changes_nothing_but_rounding(arguments, tmp_path):
     assert rates[0] == rates[1]  # the schedule counts optimizer steps
 
 
-def test_two_processes_train_as_one_does_and_resume_exactly(arguments, tmp_path):
+def test_two_processes_train_as_one_does_and_resume_exactly(arguments, sounds, tmp_path):
+    common = ("--max_train_steps=3", "--adam_epsilon=1e-4", "--validation_manifest", sounds)
+    common += ("--num_validation_timesteps=2",)
+
     def launch(output_dir, *more):
-        flags = arguments(output_dir, "--max_train_steps=3", "--adam_epsilon=1e-4", "--train_batch_size=1", *more)
+        flags = arguments(output_dir, *common, "--train_batch_size=1", *more)
         result = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
             + ["-m", "training.train", *flags],
@@ -257,8 +260,10 @@ def test_two_processes_train_as_one_does_and_resume_exactly(arguments, tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "2 process(es)" in result.stderr
 
-    assert main(arguments(tmp_path / "one", "--max_train_steps=3", "--adam_epsilon=1e-4")) == 0
+    assert main(arguments(tmp_path / "one", *common)) == 0
     launch(tmp_path / "two")
+    validation = [read_log(tmp_path / run)[-1]["validation_loss"] for run in ("one", "two")]
+    np.testing.assert_allclose(*validation, rtol=1e-4)  # five clips: one process has two, the other three
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-4)
 

@@ -546,8 +546,10 @@ def validate(args, accelerator, model, latents, dataset):
     timesteps = timesteps.long()
     sums = torch.zeros(args.num_validation_timesteps + 1, dtype=torch.float64, device=accelerator.device)
     model.eval()
-    indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_local_main_process):
+    rounds = range(math.ceil(len(dataset) / accelerator.num_processes))  # as many in each process: FSDP waits for all
+    for position in tqdm(rounds, desc="validation", leave=False, disable=not accelerator.is_local_main_process):
+        index = position * accelerator.num_processes + accelerator.process_index
+        weight, index = float(index < len(dataset)), index % len(dataset)
         item = dataset[(0, index)]
         moments = latents.moments_of(item["waveform"][None].to(accelerator.device))
         clean = latents.sample(moments, [keyed_generator(args.seed, VALIDATION, index)])
@@ -557,8 +559,9 @@ def validate(args, accelerator, model, latents, dataset):
             t = timestep[None].to(clean.device)
             with accelerator.autocast():
                 model_pred = model(scheduler.add_noise(clean, noise, t), t, text, mask)
-            sums[i] += diffusion_loss(model_pred, diffusion_target(scheduler, clean, noise, t))[0].double()
-        sums[-1] += 1
+            target = diffusion_target(scheduler, clean, noise, t)
+            sums[i] += weight * diffusion_loss(model_pred, target)[0].double()
+        sums[-1] += weight
     model.train()
     sums = accelerator.reduce(sums, reduction="sum")
     means = (sums[:-1] / sums[-1]).tolist()
@@ -774,11 +777,15 @@ def train(args):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accelerator.register_for_checkpointing(lr_scheduler)  # stepped by hand, once for each optimizer step
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if args.use_ema or args.validation_prompts:
+            raise ValueError(
+                "--use_ema and --validation_prompts need whole weights in one process: FSDP and DeepSpeed split them"
+            )
     ema = None
     if args.use_ema:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError("--use_ema needs the whole weights in every process, which FSDP and DeepSpeed split")
         ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
         ema.to(device)
         accelerator.register_for_checkpointing(ema)
