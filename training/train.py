@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +347,11 @@ def list_of_items(items):
     return {name: [item[name] for item in items] for name in items[0]}
 
 
+def ignore_sigterm(worker):
+    """For workers: a signal to the whole process group must not take them from under the loop that is to finish."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Latents:
     """From sounds and captions to the UNet's inputs, with the frozen models."""
 
@@ -600,43 +606,47 @@ def make_sounds(args, accelerator, pipe, step):
     pipe.unet.train()
 
 
-def save_result(args, accelerator, pipe, model, name, summary):
-    """The trained weights under `output_dir/name`: a diffusers folder, or a LoRA file."""
-    final = Path(args.output_dir) / name
-    partial = final.with_name(f".{final.name}.partial")
-    unet_state = None
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        unet_state = accelerator.get_state_dict(model)  # collective: every process takes part
-    if not accelerator.is_main_process:
-        return
-    if partial.exists():
-        shutil.rmtree(partial)
+@contextmanager
+def replacing(final):
+    """A new folder to fill, which takes the place of the folder `final` when it is complete."""
+    partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+    for leftover in (partial, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     partial.mkdir(parents=True)
-    if args.lora_rank:
-        from peft.utils import get_peft_model_state_dict
-
-        TangoPipeline.save_lora_weights(
-            partial,
-            get_peft_model_state_dict(pipe.unet),
-            unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
-        )
-    elif unet_state is not None:
-        for component in ("unet", "text_encoder"):
-            prefix = f"{component}."
-            state = {key.removeprefix(prefix): value for key, value in unet_state.items() if key.startswith(prefix)}
-            if state:
-                getattr(pipe, component).load_state_dict(state)
-        pipe.save_pretrained(partial)
-    else:
-        pipe.save_pretrained(partial)
-    write_card(args, partial, summary)
-    old = final.with_name(f".{final.name}.old")
+    yield partial
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
     if old.exists():
         shutil.rmtree(old)
     logger.info(f"saved {final}")
+
+
+def save_result(args, accelerator, pipe, model, name, summary):
+    """The trained weights under `output_dir/name`: a diffusers folder, or a LoRA file."""
+    unet_state = None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        unet_state = accelerator.get_state_dict(model)  # collective: every process takes part
+    if not accelerator.is_main_process:
+        return
+    with replacing(Path(args.output_dir) / name) as folder:
+        if args.lora_rank:
+            from peft.utils import get_peft_model_state_dict
+
+            TangoPipeline.save_lora_weights(
+                folder,
+                get_peft_model_state_dict(pipe.unet),
+                unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+            )
+        else:
+            for component in ("unet", "text_encoder") if unet_state is not None else ():
+                prefix = f"{component}."
+                state = {key.removeprefix(prefix): each for key, each in unet_state.items() if key.startswith(prefix)}
+                if state:
+                    getattr(pipe, component).load_state_dict(state)
+            pipe.save_pretrained(folder)
+        write_card(args, folder, summary)
 
 
 def write_card(args, folder, summary):
@@ -806,6 +816,7 @@ def train(args):
         batch_sampler=StepSampler(len(train_clips), args, accelerator, first_step, num_steps),
         collate_fn=list_of_items,
         num_workers=args.num_workers,
+        worker_init_fn=ignore_sigterm,
     )
     num_trained = sum(parameter.numel() for parameter in parameters)
     hours = len(train_clips) * num_samples / sampling_rate / 3600
@@ -972,6 +983,7 @@ def train(args):
             ).repo_id
             api.upload_folder(repo_id=repo_id, folder_path=output_dir / name, commit_message="Upload training result")
             logger.info(f"pushed to {api.endpoint}/{repo_id}")
+    accelerator.wait_for_everyone()  # or a process may hang that leaves while another is still at work
     accelerator.end_training()
     return 0
 

@@ -1,0 +1,230 @@
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import build_components
+from safetensors.torch import load_file
+from transformers import SpeechT5HifiGan
+
+from pipeline_tango import log_mel_spectrogram
+from training.data import Clip
+from training.train_vocoder import (
+    NUM_CONTEXT_FRAMES,
+    Discriminators,
+    Generator,
+    Segments,
+    adversarial_loss,
+    compressed_spectrum,
+    discriminator_loss,
+    feature_loss,
+    inputs_of,
+    main,
+    parse_args,
+    reconstruct,
+)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Manifest of three real clips of 0.5 s."""
+    folder = tmp_path_factory.mktemp("sounds")
+    lines = []
+    for name in ("rain", "birds", "cow"):
+        waveform, sampling_rate = soundfile.read(ROOT / "examples" / "sounds" / f"{name}.flac", frames=8000)
+        soundfile.write(folder / f"{name}.wav", waveform, sampling_rate)
+        lines.append(json.dumps({"location": f"{name}.wav", "captions": name}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    (folder / "one.jsonl").write_text(lines[0])
+    (folder / "config.json").write_text('{"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]}')
+    return folder
+
+
+@pytest.fixture
+def arguments(sounds):
+    def build(output_dir, *more, manifest="data.jsonl"):
+        return [
+            f"--train_manifest={sounds / manifest}",
+            f"--output_dir={output_dir}",
+            f"--config={sounds / 'config.json'}",
+            "--upsample_initial_channel=32",
+            "--discriminator_channels=2",
+            "--stft_windows",
+            "512",
+            "128",
+            "--num_segment_frames=16",
+            "--train_batch_size=2",
+            "--num_workers=0",
+            *map(str, more),
+        ]
+
+    return build
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def test_two_steps_leave_a_vocoder_with_a_card_sounds_and_a_checkpoint(arguments, sounds, tmp_path):
+    flags = ("--max_train_steps=2", "--validation_manifest", sounds / "one.jsonl", "--periods", 2, 3)
+    assert main(arguments(tmp_path, *flags)) == 0
+    vocoder, report = SpeechT5HifiGan.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert vocoder(torch.zeros(2, 13, 64)).shape == (2, 13 * 160 + 32)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "held-out mel error" in card and "--max_train_steps 2" in card
+    assert [entry["step"] for entry in read_log(tmp_path) if "discriminator_loss" in entry] == [1, 2]
+    names = sorted(path.name for path in (tmp_path / "samples" / "step-2").iterdir())
+    assert names == ["0-recording.png", "0-recording.wav", "0.png", "0.wav"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_training_on_one_clip_lowers_its_error(arguments, sounds, tmp_path):
+    flags = ("--max_train_steps=60", "--learning_rate=2e-3", "--ema_decay=0.9", "--validation_steps=5")
+    flags += ("--validation_manifest", sounds / "one.jsonl", "--num_validation_sounds=0")
+    assert main(arguments(tmp_path, *flags, manifest="one.jsonl")) == 0
+    errors = [entry["validation_mel_error"] for entry in read_log(tmp_path) if "validation_mel_error" in entry]
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(arguments, tmp_path):
+    flags = ("--max_train_steps=4", "--checkpointing_steps=2")
+    assert main(arguments(tmp_path / "unbroken", *flags)) == 0
+    assert main(arguments(tmp_path / "broken", *flags)) == 0
+    for name in ("checkpoint-4", "model"):  # as if it had been killed in step 4
+        subprocess.run(["rm", "-r", tmp_path / "broken" / name], check=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(arguments(tmp_path / "broken", *flags, "--resume_from_checkpoint=latest")) == 0
+    assert read_log(tmp_path / "broken") == read_log(tmp_path / "unbroken")
+    first, second = weights(tmp_path / "broken"), weights(tmp_path / "unbroken")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sigterm_writes_a_checkpoint_and_leaves_cleanly(arguments, tmp_path, caplog):
+    def stop_when_training():
+        while not ((tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").stat().st_size):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    caplog.set_level("INFO")
+    thread = threading.Thread(target=stop_when_training, daemon=True)
+    thread.start()
+    assert main(arguments(tmp_path, "--max_train_steps=1000")) == 0
+    assert "go on with --resume_from_checkpoint latest" in caplog.text
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["step"]
+    assert step == read_log(tmp_path)[-1]["step"] < 1000
+
+
+def test_the_fast_generator_is_the_vocoder_with_its_extra_samples_cut():
+    vocoder = build_components()["vocoder"]
+    mel = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0)) - 4
+    made = Generator(vocoder)(mel)
+    assert made.shape == (2, 3200)
+    torch.testing.assert_close(made, vocoder(mel)[:, :3200], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_silence_are_finite(tmp_path):
+    args = parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--discriminator_channels=2", "--periods=2"])
+    discriminators = Discriminators(args)
+    made = torch.zeros(1, 4800, requires_grad=True)
+    real = discriminators(torch.zeros(1, 4800))
+    fake = discriminators(made)
+    (discriminator_loss(real, fake) + adversarial_loss(fake) + feature_loss(real, fake)).backward()
+    assert made.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in discriminators.parameters())
+
+
+def test_the_compressed_spectrum_keeps_phases_and_takes_amplitudes_to_the_power_of_0_3():
+    waveform = torch.sin(torch.arange(2048) * 0.3)[None]
+    window = torch.hann_window(512)
+    expected = torch.stft(waveform, 512, 128, window=window, center=False, normalized=True, return_complex=True)
+    real, imaginary = compressed_spectrum(waveform, 512)[0]
+    spectrum = torch.complex(real, imaginary).T  # (num_bins, num_frames)
+    loud = expected[0].abs() > 1e-2
+    torch.testing.assert_close(spectrum.abs()[loud], expected[0].abs()[loud] ** 0.3, rtol=1e-4, atol=0)
+    torch.testing.assert_close(spectrum.angle()[loud], expected[0].angle()[loud], rtol=0, atol=1e-3)
+    quieter = compressed_spectrum(waveform * 0.1, 512)[0]
+    torch.testing.assert_close(quieter.abs().max() / real.abs().max(), torch.tensor(0.1**0.3), rtol=2e-2, atol=0)
+
+
+def test_a_segment_belongs_to_its_mel_frames_as_in_the_whole_sound(sounds, tmp_path):
+    args = parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--num_segment_frames=16"])
+    dataset = Segments([Clip(str(sounds / "rain.wav"), ("rain",))], 16, seed=0)
+    [whole] = dataset.waveforms
+    assert len(whole) == 8000 + 2 * NUM_CONTEXT_FRAMES * 160 + 1280
+    dataset.waveforms = [whole[: (16 + 2 * NUM_CONTEXT_FRAMES) * 160]]  # the only segment left is the sound's start
+    item = dataset[0, 0]
+    mel, waveform = inputs_of(args, None, {name: [value] for name, value in item.items()}, "cpu")
+    assert mel.shape == (1, 16, 64) and waveform.shape == (1, 2560)
+    start = whole[NUM_CONTEXT_FRAMES * 160 :][:8000]
+    gain = waveform.abs().max() / start[:2560].abs().max()
+    assert 1 <= gain <= 10
+    torch.testing.assert_close(waveform[0], gain * start[:2560])
+    torch.testing.assert_close(mel, log_mel_spectrogram(gain * start[None])[:, :16], atol=1e-3, rtol=1e-3)
+
+
+def test_segments_depend_on_epoch_and_index_only(sounds):
+    clips = [Clip(str(sounds / f"{name}.wav"), (name,)) for name in ("rain", "cow")]
+    first, second = (Segments(clips, 16, seed=0) for _ in range(2))
+    drawn = [second[key]["waveform"] for key in ((1, 1), (0, 1), (0, 0))]
+    assert torch.equal(first[0, 0]["waveform"], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_reconstructed_mel_spectrograms_are_those_of_the_vae(arguments, sounds, tmp_path):
+    vae = build_components()["vae"]
+    mel = torch.randn(1, 13, 64)  # not a multiple of the VAE's factor
+    assert reconstruct(vae, mel, [torch.Generator().manual_seed(0)]).shape == mel.shape
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ("--max_train_steps=1", "--vae", tmp_path / "vae", "--validation_manifest", sounds / "one.jsonl")
+    assert main(arguments(tmp_path / "run", *flags, "--proportion_reconstructed=1")) == 0
+    assert read_log(tmp_path / "run")[-1]["validation_reconstructed_mel_error"] > 0
+    assert (tmp_path / "run" / "samples" / "step-1" / "0-reconstructed.wav").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_manifest=missing.jsonl"], "missing.jsonl"),
+        (["--resume_from_checkpoint=nowhere"], "nowhere is no complete checkpoint"),
+        (["--config={config}"], "have to be (16000, 64, 160, False), not (16000, 64, 80, False)"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, message, arguments, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text('{"upsample_rates": [5, 4, 2, 2, 1], "upsample_kernel_sizes": [16, 16, 8, 4, 3]}')
+    assert main([*arguments(tmp_path / "run"), *(flag.format(config=config) for flag in flags)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("flag", ["--stft_windows=4096", "--train_batch_size=0", "--proportion_reconstructed=2"])
+def test_bad_flags_are_refused_by_name(flag, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path, flag))
+    assert flag.split("=")[0] in capsys.readouterr().err

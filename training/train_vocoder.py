@@ -1,0 +1,712 @@
+"""Train a HiFi-GAN vocoder: `accelerate launch -m training.train_vocoder --train_manifest M --output_dir OUT`.
+
+The result, `OUT/model`, is a transformers `SpeechT5HifiGan` for the mel spectrograms of `log_mel_spectrogram`. As in
+`training.train` everything random is drawn from generators keyed by the seed and by what it is for, so a run that was
+killed and resumed does exactly what an unbroken one does.
+"""
+
+import argparse
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, ProjectConfiguration
+from diffusers import AutoencoderKL
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+from pipeline_tango import log_mel_spectrogram
+from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
+from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from training.data import is_silent, normalise, read_waveform
+from training.objective import sample_noise
+from training.train import (
+    Log,
+    StepSampler,
+    keyed_generator,
+    list_of_items,
+    load_checkpoint,
+    prepare_clips,
+    replacing,
+    save_checkpoint,
+)
+
+
+logger = get_logger(__name__)
+
+# the released vocoder's, but narrower and with two of its three kernels: 2.1 million parameters
+VOCODER_CONFIG = {
+    "model_in_dim": NUM_MEL_BINS,
+    "sampling_rate": MEL_SAMPLING_RATE,
+    "upsample_initial_channel": 256,
+    "upsample_rates": [5, 4, 2, 2, 2],
+    "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+    "resblock_kernel_sizes": [3, 7],
+    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+    "normalize_before": False,
+}
+NUM_CONTEXT_FRAMES = 8  # on each side of a segment: its mel windows, and the VAE's view
+MAX_GAIN_DB = 20  # of a quiet segment
+# what a random draw is for: the first word of its key
+SEGMENTS, RECONSTRUCTION, VALIDATION = range(4, 7)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_vocoder",
+        description="Train or fine-tune a HiFi-GAN vocoder on sounds. Run it as it is or by `accelerate launch -m "
+        "training.train_vocoder ...` on any number of processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    start = parser.add_argument_group("start", "random weights, unless a vocoder is given")
+    start.add_argument("--pretrained_model_name_or_path", help="vocoder to fine-tune: folder or Hub repo")
+    start.add_argument(
+        "--config", help="JSON config of a SpeechT5HifiGan, whole or in part (default: 2.1 M parameters)"
+    )
+    start.add_argument("--upsample_initial_channel", type=int, help="its width, for short")
+
+    data = parser.add_argument_group("data", "all of it is kept in memory: 230 MB an hour")
+    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
+    data.add_argument("--validation_manifest", help="the same for validation")
+    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
+    data.add_argument("--dataset_split", default="train", help="its split")
+    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data.add_argument("--caption_column", help="column of the caption, which must be there (default: by convention)")
+    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
+    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
+    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
+    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
+    data.add_argument("--num_workers", type=int, default=2, help="threads that read sounds at the start")
+    data.add_argument("--num_segment_frames", type=int, default=48, help="length trained on, in frames of 10 ms")
+    data.add_argument("--vae", help="folder of an AutoencoderKL whose blur the vocoder is to undo")
+    data.add_argument(
+        "--proportion_reconstructed", type=float, default=0.5, help="share of mel spectrograms that go through --vae"
+    )
+
+    objective = parser.add_argument_group("objective", "the weights of the generator's losses; the adversarial has 1")
+    objective.add_argument("--mel_weight", type=float, default=15.0, help="of the log-mel L1; HiFi-GAN's is 45")
+    objective.add_argument("--feature_weight", type=float, default=2.0, help="of feature matching")
+    objective.add_argument(
+        "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
+    )
+    objective.add_argument(
+        "--periods", type=int, nargs="*", default=[], help="a period discriminator each: 2 3 5 7 11"
+    )
+    objective.add_argument("--discriminator_channels", type=int, default=16, help="of their first layer")
+
+    steps = parser.add_argument_group("optimisation")
+    steps.add_argument("--train_batch_size", type=int, default=8, help="segments per process and step")
+    steps.add_argument("--max_train_steps", type=int, default=100000)
+    steps.add_argument("--learning_rate", type=float, default=5e-4)
+    steps.add_argument("--discriminator_learning_rate", type=float, default=1e-4, help="5e-4 wins too early")
+    steps.add_argument("--lr_scheduler", choices=[each.value for each in SchedulerType], default="cosine")
+    steps.add_argument("--lr_warmup_steps", type=int, default=0)
+    steps.add_argument("--adam_beta1", type=float, default=0.8)
+    steps.add_argument("--adam_beta2", type=float, default=0.99)
+    steps.add_argument("--adam_weight_decay", type=float, default=0.0)
+    steps.add_argument("--max_grad_norm", type=float, default=100.0, help="of the generator; 0 turns clipping off")
+    steps.add_argument("--ema_decay", type=float, default=0.999, help="of the average of the generator that is saved")
+    steps.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: accelerate's setting")
+    steps.add_argument("--seed", type=int, default=0)
+    steps.add_argument("--profile_steps", type=int, help="log where the time of the first so many steps goes")
+    parser.set_defaults(gradient_accumulation_steps=1)
+
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument("--output_dir", required=True)
+    checkpoints.add_argument("--checkpointing_steps", type=int, default=1000)
+    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
+    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+
+    validation = parser.add_argument_group("validation")
+    validation.add_argument("--validation_steps", type=int, default=1000, help="steps between copy syntheses")
+    validation.add_argument("--num_validation_sounds", type=int, default=4, help="of them kept as WAV and PNG")
+
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--report_to", choices=("none", "tensorboard", "wandb"), default="none")
+
+    args = parser.parse_args(argv)
+    if bool(args.train_manifest) == bool(args.dataset_name):
+        parser.error("give one of --train_manifest and --dataset_name")
+    if args.pretrained_model_name_or_path and (args.config or args.upsample_initial_channel):
+        parser.error("--pretrained_model_name_or_path has its config: leave out --config, --upsample_initial_channel")
+    for name in (
+        "upsample_initial_channel",
+        "max_train_samples",
+        "discriminator_channels",
+        "train_batch_size",
+        "max_train_steps",
+        "profile_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_steps",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"--seed has to be at least 0, not {args.seed}")
+    if not 0 <= args.proportion_reconstructed <= 1:
+        parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
+    num_samples = args.num_segment_frames * MEL_HOP_LENGTH
+    if min(args.stft_windows + args.periods) < 2 or max(args.stft_windows + [640]) > num_samples:
+        parser.error(
+            f"--stft_windows {args.stft_windows} and at least 640 samples have to fit into a segment, which has "
+            f"{num_samples} samples, and --periods has to be at least 2"
+        )
+    return args
+
+
+# Models
+
+
+def load_vocoder(args):
+    """The vocoder to start from, in float32."""
+    if args.pretrained_model_name_or_path:
+        vocoder = SpeechT5HifiGan.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    else:
+        config = VOCODER_CONFIG | (json.loads(Path(args.config).read_text()) if args.config else {})
+        if args.upsample_initial_channel:
+            config["upsample_initial_channel"] = args.upsample_initial_channel
+        torch.manual_seed(args.seed)  # of the random weights
+        vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
+        with torch.no_grad():  # as initialised it is silent, since nothing here normalises the weights
+            for module in vocoder.modules():
+                if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+                    fan_in = module.in_channels * module.kernel_size[0] / module.stride[0]
+                    module.weight.normal_(std=fan_in**-0.5)
+            for block in vocoder.resblocks:
+                for conv in block.convs2:
+                    conv.weight.mul_(0.3)  # the sum of three branches stays as loud as what they are added to
+            vocoder.conv_post.weight.mul_(0.1)
+    config = vocoder.config
+    wanted = (MEL_SAMPLING_RATE, NUM_MEL_BINS, MEL_HOP_LENGTH, False)
+    came = (config.sampling_rate, config.model_in_dim, math.prod(config.upsample_rates), config.normalize_before)
+    if came != wanted:
+        raise ValueError(
+            f"the vocoder's sampling rate, mel bins, product of `upsample_rates` and `normalize_before` have to be "
+            f"{wanted}, not {came}"
+        )
+    return vocoder
+
+
+class Generator(nn.Module):
+    """A `SpeechT5HifiGan`, run such that a step takes less time.
+
+    The same function of the same weights: its convolutions run as 2-D ones on channels-last tensors, for which the
+    CPU's kernels are faster, and nothing is kept twice for the backward pass. The last layer is always in float32:
+    a waveform of 8 bits would hiss.
+    """
+
+    def __init__(self, vocoder):
+        super().__init__()
+        self.vocoder = vocoder
+
+    def forward(self, mel):
+        """(batch, num_frames, num_mel_bins) -> (batch, num_frames * hop)"""
+        vocoder, slope = self.vocoder, self.vocoder.config.leaky_relu_slope
+        hidden = mel.transpose(1, 2).unsqueeze(2).to(memory_format=torch.channels_last)  # (batch, bins, 1, frames)
+        hidden = conv(vocoder.conv_pre, hidden)
+        for i, upsampler in enumerate(vocoder.upsampler):
+            hidden = F.conv_transpose2d(
+                F.leaky_relu(hidden, slope),
+                upsampler.weight.unsqueeze(2),
+                upsampler.bias,
+                stride=(1, upsampler.stride[0]),
+                padding=(0, upsampler.padding[0]),
+            )  # (batch, channels, 1, time)
+            total = 0
+            for block in vocoder.resblocks[i * vocoder.num_kernels : (i + 1) * vocoder.num_kernels]:
+                state = hidden
+                for conv1, conv2 in zip(block.convs1, block.convs2):
+                    branch = F.leaky_relu_(conv(conv1, F.leaky_relu(state, slope)), slope)
+                    state = conv(conv2, branch).add_(state)
+                total = total + state
+            hidden = total / vocoder.num_kernels
+        with torch.autocast(mel.device.type, enabled=False):
+            waveform = conv(vocoder.conv_post, F.leaky_relu(hidden.float())).tanh()[:, 0, 0]  # (batch, time)
+        return waveform[:, : mel.shape[1] * MEL_HOP_LENGTH]  # the pipeline cuts the 32 samples at the end too
+
+
+def conv(layer, hidden):
+    """A 1-D convolution of (batch, channels, 1, time)."""
+    return F.conv2d(
+        hidden,
+        layer.weight.unsqueeze(2),
+        layer.bias,
+        padding=(0, layer.padding[0]),
+        dilation=(1, layer.dilation[0]),
+    )
+
+
+def compressed_spectrum(waveform, window_length):
+    """Complex STFT with its amplitudes to the power 0.3, smooth at 0: (batch, 2, num_frames, num_bins).
+
+    The compression makes quiet partials and noise count beside loud ones, as they do for the ear.
+    """
+    window = torch.hann_window(window_length, device=waveform.device)
+    spectrum = torch.stft(
+        waveform.float(),
+        window_length,
+        window_length // 4,
+        window=window,
+        center=False,
+        normalized=True,
+        return_complex=True,
+    )
+    spectrum = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # (batch, 2, num_frames, num_bins)
+    # |X|^0.3 = |X| |X|^-0.7; below an amplitude of 1e-5 it is linear, or the gradient would be infinite in silence
+    return spectrum * (spectrum.square().sum(1, keepdim=True) + 1e-10) ** -0.35
+
+
+class Discriminator(nn.Module):
+    """Tells recordings from made waveforms by a picture of them, which `picture_of` draws. Returns the feature maps of
+    its layers; the last one is the score of each place, positive for a recording."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
+
+    def forward(self, waveform):
+        hidden = self.picture_of(waveform).contiguous(memory_format=torch.channels_last)
+        features = []
+        for layer in self.layers[:-1]:
+            hidden = F.leaky_relu(layer(hidden), 0.1)
+            features.append(hidden)
+        return [*features, self.layers[-1](hidden)]
+
+
+class SpectrogramDiscriminator(Discriminator):
+    def __init__(self, window_length, channels):
+        super().__init__(
+            [
+                nn.Conv2d(2, channels, (3, 5), stride=(1, 2), padding=(1, 2)),
+                nn.Conv2d(channels, 2 * channels, (3, 5), stride=(2, 2), padding=(1, 2)),
+                nn.Conv2d(2 * channels, 4 * channels, (3, 3), stride=(1, 2), padding=1),
+                nn.Conv2d(4 * channels, 4 * channels, (3, 3), stride=(2, 2), padding=1),
+                nn.Conv2d(4 * channels, 1, (3, 3), padding=1),
+            ]
+        )
+        self.window_length = window_length
+
+    def picture_of(self, waveform):
+        return compressed_spectrum(waveform, self.window_length)
+
+
+class PeriodDiscriminator(Discriminator):
+    """One row of samples for each period. Source: HiFi-GAN (Kong et al. 2020), section 2.3."""
+
+    def __init__(self, period, channels):
+        super().__init__(
+            [
+                nn.Conv2d(1, channels, (5, 1), stride=(3, 1), padding=(2, 0)),
+                nn.Conv2d(channels, 2 * channels, (5, 1), stride=(3, 1), padding=(2, 0)),
+                nn.Conv2d(2 * channels, 4 * channels, (5, 1), stride=(3, 1), padding=(2, 0)),
+                nn.Conv2d(4 * channels, 4 * channels, (5, 1), padding=(2, 0)),
+                nn.Conv2d(4 * channels, 1, (3, 1), padding=(1, 0)),
+            ]
+        )
+        self.period = period
+
+    def picture_of(self, waveform):
+        waveform = F.pad(waveform, (0, -waveform.shape[1] % self.period))
+        return waveform.unflatten(1, (-1, self.period)).unsqueeze(1)  # (batch, 1, rows, period)
+
+
+class Discriminators(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        channels = args.discriminator_channels
+        self.each = nn.ModuleList([SpectrogramDiscriminator(window, channels) for window in args.stft_windows])
+        self.each.extend(PeriodDiscriminator(period, channels) for period in args.periods)
+
+    def forward(self, waveform):
+        """A list of feature maps for each discriminator."""
+        return [discriminator(waveform) for discriminator in self.each]
+
+
+# Losses
+
+
+def mel_loss(made, waveform):
+    """Mean absolute difference of the log-mel spectrograms."""
+    return F.l1_loss(log_mel_spectrogram(made), log_mel_spectrogram(waveform))
+
+
+def discriminator_loss(real, made):
+    """Hinge loss (Lim and Ye 2017, arXiv 1705.02894), summed over the discriminators."""
+    return sum((F.relu(1 - r[-1]).mean() + F.relu(1 + m[-1]).mean()) for r, m in zip(real, made))
+
+
+def adversarial_loss(made):
+    return -sum(features[-1].mean() for features in made)
+
+
+def feature_loss(real, made):
+    """Feature matching, each map in units of the recording's mean absolute feature, or deep maps would hardly count.
+
+    Source: EnCodec (Defossez et al. 2022, arXiv 2210.13438), section 3.4.
+    """
+    maps = [(r, m) for rs, ms in zip(real, made) for r, m in zip(rs[:-1], ms[:-1])]
+    return sum(F.l1_loss(m, r) / (r.abs().mean() + 1e-5) for r, m in maps) / len(maps)
+
+
+# Data
+
+
+class Segments(Dataset):
+    """Random parts of sounds held in memory. Items are asked for by `(epoch, index)`, on which alone they depend.
+
+    A sound has the level that the VAE was trained on (peak 0.5), reflected context before its start and silence after
+    its end, for sounds in a pipeline end in it. A quiet segment is made louder by a random part of what brings its
+    peak to 0.5, but for no more than `MAX_GAIN_DB`.
+
+    An item holds `waveform`, of shape `((num_frames + 2 * NUM_CONTEXT_FRAMES) * hop,)`, `index` and `epoch`.
+    """
+
+    def __init__(self, clips, num_frames, seed):
+        self.num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
+        self.num_samples = num_frames * MEL_HOP_LENGTH
+        self.seed = seed
+        self.waveforms = []
+        for clip in tqdm(clips, desc="reading", unit="clip", disable=None):
+            waveform = read_clip(clip)
+            num_after = max(self.num_samples // 2, self.num_samples - len(waveform)) + self.num_context
+            waveform = F.pad(waveform[None], (self.num_context, 0), mode="reflect")[0]
+            self.waveforms.append(F.pad(waveform, (0, num_after)))
+
+    def __len__(self):
+        return len(self.waveforms)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        waveform = self.waveforms[index]
+        length = self.num_samples + 2 * self.num_context
+        generator = keyed_generator(self.seed, SEGMENTS, epoch, index)
+        start = int(torch.randint(len(waveform) - length + 1, (), generator=generator))
+        waveform = waveform[start : start + length]
+        if not is_silent(waveform):
+            headroom_db = -20 * math.log10(2 * waveform.abs().max())
+            gain_db = min(headroom_db, MAX_GAIN_DB) * float(torch.rand((), generator=generator))
+            waveform = waveform * 10 ** (gain_db / 20)
+        return {"waveform": waveform, "index": index, "epoch": epoch}
+
+
+def read_clip(clip):
+    """The whole sound with peak 0.5, and at least as long as the context that is reflected before it."""
+    waveform = read_waveform(clip, MEL_SAMPLING_RATE)
+    return normalise(waveform, max(len(waveform), NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH + 1))
+
+
+@torch.no_grad()
+def reconstruct(vae, mel, generators):
+    """Mel spectrograms through the VAE, by a sample of the posterior with one generator each."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    num_frames = mel.shape[1]
+    mel = F.pad(mel.transpose(1, 2), (0, -num_frames % factor), mode="replicate").transpose(1, 2)
+    posterior = vae.encode(mel.unsqueeze(1)).latent_dist
+    noise = sample_noise(posterior.mean.shape, generators, mel.device)
+    return vae.decode(posterior.mean + posterior.std * noise).sample[:, 0, :num_frames]
+
+
+def inputs_of(args, vae, batch, device):
+    """Mel spectrograms (batch, num_frames, num_mel_bins) and the waveforms that belong to them."""
+    waveform = torch.stack(batch["waveform"]).to(device)
+    mel = log_mel_spectrogram(waveform)
+    if vae is not None:
+        keys = list(zip(batch["epoch"], batch["index"]))
+        generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
+        chosen = torch.stack([torch.rand((), generator=each) for each in generators]) < args.proportion_reconstructed
+        rows = chosen.nonzero()[:, 0].tolist()
+        if rows:
+            mel[rows] = reconstruct(vae, mel[rows], [generators[row] for row in rows])
+    num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
+    return mel[:, NUM_CONTEXT_FRAMES:-NUM_CONTEXT_FRAMES], waveform[:, num_context:-num_context]
+
+
+# Validation and results
+
+
+@torch.no_grad()
+def copy_synthesis(vocoder, mel, waveform):
+    """Vocode `mel` and compare with the recording, all of batch size 1.
+
+    Returns:
+        The waveform made, the mean absolute error of its log-mel spectrogram, and that of its log magnitudes, mean
+        over STFTs of 2048, 512 and 128 samples. Two draws of one noise already differ
+        in the latter by ln 2 on average (half the mean of a standard logistic variable's absolute value).
+    """
+    made = vocoder(mel)[:, : waveform.shape[1]]
+    errors = []
+    for length in (2048, 512, 128):
+        window = torch.hann_window(length, device=waveform.device)
+        logs = [
+            torch.stft(each, length, length // 4, window=window, pad_mode="constant", return_complex=True)
+            .abs()
+            .clamp(min=1e-3)
+            .log()
+            for each in (made, waveform)
+        ]
+        errors.append(float(F.l1_loss(*logs)))
+    return made, float(mel_loss(made, waveform)), sum(errors) / len(errors)
+
+
+def validate(args, accelerator, vocoder, vae, waveforms, step):
+    """Mean errors of copy synthesis over the held-out clips, with and without the VAE; some as WAV and PNG in
+    `samples/step-<step>`."""
+    folder = Path(args.output_dir) / "samples" / f"step-{step}"
+    num_sounds = min(args.num_validation_sounds, len(waveforms))
+    kept = {len(waveforms) * i // num_sounds for i in range(num_sounds)}
+    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    indices = range(accelerator.process_index, len(waveforms), accelerator.num_processes)
+    for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_local_main_process):
+        waveform = waveforms[index][None].to(accelerator.device)
+        mels = {"": log_mel_spectrogram(waveform)}
+        if vae is not None:
+            generators = [keyed_generator(args.seed, VALIDATION, index)]
+            mels["-reconstructed"] = reconstruct(vae, mels[""], generators)
+        figures = []
+        for name, mel in mels.items():
+            made, *errors = copy_synthesis(vocoder, mel, waveform)
+            figures += errors
+            if index in kept:
+                keep_sound(folder, f"{index}{name}", made[0].cpu().numpy())
+        if index in kept:
+            keep_sound(folder, f"{index}-recording", waveform[0].cpu().numpy())
+        sums += torch.tensor([1.0, *figures, *[0.0] * (4 - len(figures))], device=sums.device)
+    sums = accelerator.reduce(sums, reduction="sum").tolist()
+    names = ("mel_error", "stft_error", "reconstructed_mel_error", "reconstructed_stft_error")
+    return {name: value / sums[0] for name, value in zip(names[: 4 if vae is not None else 2], sums[1:])}
+
+
+def keep_sound(folder, name, audio):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.wav", encode_wav(audio, MEL_SAMPLING_RATE))
+    try:
+        write_atomically(folder / f"{name}.png", draw_spectrogram(audio, MEL_SAMPLING_RATE, name))
+    except ImportError:
+        logger.warning('no pictures without matplotlib: pip install "pipeline-tango[demo]"')
+
+
+def save_result(args, vocoder, summary):
+    """The vocoder with a card as `output_dir/model`."""
+    data = ModelCardData(library_name="transformers", pipeline_tag="audio-to-audio", tags=["vocoder", "hifigan"])
+    flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, []))
+    figures = "\n".join(f"- {name}: {value}" for name, value in summary.items())
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(args.output_dir).resolve().name}\n\nA vocoder for 64-bin log-mel "
+        "spectrograms at 16 kHz, trained with `training.train_vocoder` of pipeline-tango.\n\n```python\nfrom "
+        'transformers import SpeechT5HifiGan\n\nvocoder = SpeechT5HifiGan.from_pretrained("THIS_FOLDER_OR_REPO")\n'
+        f"```\n\n## Figures\n\n{figures}\n\n## Flags\n\n{flags}\n"
+    )
+    with replacing(Path(args.output_dir) / "model") as folder:
+        vocoder.save_pretrained(folder)
+        ModelCard(text).save(folder / "README.md")
+
+
+def train(args):
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("two small models train in turn here, which FSDP and DeepSpeed have no use for")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("`--mixed_precision` has to be no or bf16: gradients of the quietest sounds overflow in fp16")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop_requested = []
+    signal.signal(signal.SIGTERM, lambda *_: stop_requested.append(True))
+    device = accelerator.device
+
+    # 1. Models
+    vocoder = load_vocoder(args)
+    vae = None
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae).to(device).eval().requires_grad_(False)
+    torch.manual_seed(keyed_generator(args.seed).initial_seed())  # not the vocoder's weights again
+    generator, discriminators = Generator(vocoder), Discriminators(args)
+    parameters = list(generator.parameters())
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
+    accelerator.wait_for_everyone()
+
+    # 2. Data
+    train_clips, validation_clips = prepare_clips(args, accelerator)
+    dataset = Segments(train_clips, args.num_segment_frames, args.seed)
+    validation_waveforms = [read_clip(clip) for clip in validation_clips]
+
+    # 3. Optimizers and schedules
+    options = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "fused": True,
+    }
+    generator_optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **options)
+    discriminator_optimizer = torch.optim.AdamW(
+        discriminators.parameters(), lr=args.discriminator_learning_rate, **options
+    )
+    lr_schedulers = [
+        get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        for optimizer in (generator_optimizer, discriminator_optimizer)
+    ]
+    generator, discriminators, generator_optimizer, discriminator_optimizer = accelerator.prepare(
+        generator, discriminators, generator_optimizer, discriminator_optimizer
+    )
+    # the generator's step needs gradients of the discriminators' input only, which DDP has no part in
+    judges = accelerator.unwrap_model(discriminators)
+    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+    ema.to(device)
+    accelerator.register_for_checkpointing(ema, *lr_schedulers)  # stepped by hand
+
+    settings = {
+        name: getattr(args, name)
+        for name in ("seed", "train_batch_size", "num_segment_frames", "max_train_steps", "mixed_precision")
+    } | {"num_clips": len(train_clips), "num_processes": accelerator.num_processes}
+    first_step = load_checkpoint(args, accelerator, settings)
+    log = Log(output_dir / "log.jsonl", first_step, accelerator)
+    if args.report_to != "none":
+        accelerator.init_trackers("pipeline-tango", config={k: str(v) for k, v in vars(args).items()})
+    loader = DataLoader(
+        dataset,
+        batch_sampler=StepSampler(len(train_clips), args, accelerator, first_step, args.max_train_steps),
+        collate_fn=list_of_items,
+    )
+    hours = sum(map(len, dataset.waveforms)) / MEL_SAMPLING_RATE / 3600
+    logger.info(
+        f"training a vocoder of {sum(map(torch.Tensor.numel, parameters)):,} parameters against "
+        f"{sum(map(torch.Tensor.numel, judges.parameters())):,} on {device}, {accelerator.num_processes} process(es)"
+    )
+    logger.info(
+        f"data: {len(train_clips)} clips, {hours:.2f} h; validation: {len(validation_clips)}; steps "
+        f"{first_step} to {args.max_train_steps}"
+    )
+
+    # 4. The loop
+    step, errors = first_step, {}
+    started = time.monotonic()
+    profiler = None
+    if args.profile_steps:
+        profiler = torch.profiler.profile()
+        profiler.start()
+    bar = tqdm(
+        total=args.max_train_steps,
+        initial=first_step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    for batch in loader:
+        mel, waveform = inputs_of(args, vae, batch, device)
+        made = generator(mel)
+        # discriminators first, on both halves in one pass
+        judged = discriminators(torch.cat([waveform, made.detach()]))
+        real, fake = ([[m.chunk(2)[half] for m in maps] for maps in judged] for half in (0, 1))
+        figures = {"discriminator_loss": discriminator_loss(real, fake)}
+        accelerator.backward(figures["discriminator_loss"])
+        discriminator_optimizer.step()
+        discriminator_optimizer.zero_grad()
+
+        judges.requires_grad_(False)
+        with torch.no_grad():
+            real = judges(waveform)
+        fake = judges(made)
+        judges.requires_grad_(True)
+        figures["mel_loss"] = mel_loss(made, waveform)
+        figures["adversarial_loss"] = adversarial_loss(fake)
+        figures["feature_loss"] = feature_loss(real, fake)
+        accelerator.backward(
+            args.mel_weight * figures["mel_loss"]
+            + figures["adversarial_loss"]
+            + args.feature_weight * figures["feature_loss"]
+        )
+        if args.max_grad_norm:
+            figures["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        generator_optimizer.step()
+        generator_optimizer.zero_grad()
+
+        step += 1
+        learning_rate = generator_optimizer.param_groups[0]["lr"]  # the one that this step used
+        for lr_scheduler in lr_schedulers:
+            lr_scheduler.step()
+        ema.step(parameters)
+        values = accelerator.reduce(torch.stack([value.detach() for value in figures.values()]), reduction="mean")
+        values = dict(zip(figures, values.tolist()))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}: lower --learning_rate")
+        log.write(step, **values, lr=learning_rate)
+        bar.update()
+        bar.set_postfix(mel_loss=f"{values['mel_loss']:.3f}", adversarial=f"{values['adversarial_loss']:.2f}")
+        if profiler is not None and step == first_step + args.profile_steps:
+            profiler.stop()
+            logger.info("\n" + profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+        last = step == args.max_train_steps
+        if step % args.validation_steps == 0 or last:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            if validation_waveforms:
+                errors = validate(args, accelerator, vocoder, vae, validation_waveforms, step)
+                log.write(step, **{f"validation_{name}": value for name, value in errors.items()})
+                logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
+            summary = {
+                "steps": step,
+                "clips": len(train_clips),
+                "hours of sound": f"{hours:.2f}",
+                "steps per second": f"{(step - first_step) / max(time.monotonic() - started, 1e-9):.3f}",
+            }
+            summary |= {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in errors.items()}
+            if accelerator.is_main_process:
+                save_result(args, vocoder, summary)
+            ema.restore(parameters)
+            accelerator.wait_for_everyone()
+
+        stop = bool(stop_requested)
+        if accelerator.num_processes > 1:
+            stop = bool(accelerator.reduce(torch.tensor(float(stop), device=device), reduction="sum") > 0)
+        if step % args.checkpointing_steps == 0 or stop or last:
+            save_checkpoint(args, accelerator, step, settings)
+        if stop and not last:
+            bar.close()
+            logger.info(
+                f"stopped at step {step} of {args.max_train_steps}; go on with --resume_from_checkpoint latest"
+            )
+            break
+    bar.close()
+    accelerator.wait_for_everyone()  # or a process may hang that leaves while another is still at work
+    accelerator.end_training()
+    return 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
