@@ -359,6 +359,8 @@ def test_a_training_can_start_from_parts(model_folder, sounds, tmp_path):
         ("--gradient_checkpointing", "--mixed_precision=bf16"),
         ("--prediction_type=epsilon", "--snr_gamma=5", "--noise_offset=0.1", "--input_perturbation=0.1"),
         ("--rescale_betas_zero_snr", "--snr_gamma=5", "--snr_weighting=original"),
+        ("--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2", "--lr_warmup_steps=1"),
+        ("--lr_scheduler=polynomial", "--lr_power=2", "--max_grad_norm=0"),
         ("--augment=random", "--prefix=Hear: ", "--report_to=tensorboard", "--fused_adam"),
     ],
 )

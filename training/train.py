@@ -73,6 +73,8 @@ SCHEDULER_CONFIG = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+# piecewise_constant needs rules that no flag gives
+LR_SCHEDULERS = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]
 # what a random draw is for: the first word of its key
 NOISE, MIXES, DROPOUT, VALIDATION = range(4)
 
@@ -157,7 +159,7 @@ def parse_args(argv=None):
     steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
     steps.add_argument("--num_train_epochs", type=int, default=40)
     steps.add_argument("--learning_rate", type=float, default=3e-5)
-    steps.add_argument("--lr_scheduler", choices=[each.value for each in SchedulerType], default="linear")
+    steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--lr_num_cycles", type=int, default=1, help="hard restarts of cosine_with_restarts")
     steps.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")

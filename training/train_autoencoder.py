@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import AutoencoderKL
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, ModelCardData
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +34,7 @@ from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SA
 from training.data import ClipDataset, count_samples, select_clips
 from training.objective import sample_noise
 from training.train import (
+    LR_SCHEDULERS,
     Log,
     StepSampler,
     ignore_sigterm,
@@ -125,7 +126,7 @@ def parse_args(argv=None):
     steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
     steps.add_argument("--num_train_epochs", type=int, default=40)
     steps.add_argument("--learning_rate", type=float, default=1e-3)
-    steps.add_argument("--lr_scheduler", choices=[each.value for each in SchedulerType], default="cosine")
+    steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--adam_beta1", type=float, default=0.9)
     steps.add_argument("--adam_beta2", type=float, default=0.99)

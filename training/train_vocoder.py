@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import AutoencoderKL
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
@@ -35,6 +35,7 @@ from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM
 from training.data import is_silent, normalise, read_waveform
 from training.objective import sample_noise
 from training.train import (
+    LR_SCHEDULERS,
     Log,
     StepSampler,
     keyed_generator,
@@ -113,7 +114,7 @@ def parse_args(argv=None):
     steps.add_argument("--max_train_steps", type=int, default=100000)
     steps.add_argument("--learning_rate", type=float, default=5e-4)
     steps.add_argument("--discriminator_learning_rate", type=float, default=1e-4, help="5e-4 wins too early")
-    steps.add_argument("--lr_scheduler", choices=[each.value for each in SchedulerType], default="cosine")
+    steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--adam_beta1", type=float, default=0.8)
     steps.add_argument("--adam_beta2", type=float, default=0.99)
