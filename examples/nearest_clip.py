@@ -65,9 +65,10 @@ for number, row in enumerate(rows):
         distances = [float((mel[: len(each)] - each).abs().mean()) for each in recordings]
         nearest = int(np.argmin(distances))
         num_right += nearest == number
+        found = rows[nearest]["captions"]
         print(
-            f"{row['captions']!r} take {take + 1}: nearest is {rows[nearest]['captions']!r} ({distances[nearest]:.2f}; "
-            f"its own {distances[number]:.2f}, median {np.median(distances):.2f})"
+            f"{row['captions']!r} take {take + 1}: nearest is {found!r} at {distances[nearest]:.2f} "
+            f"(its own recording {distances[number]:.2f}, median of all {np.median(distances):.2f})"
         )
         if args.output_dir:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
