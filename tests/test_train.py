@@ -444,7 +444,8 @@ def test_bad_data_is_named_and_skipped_or_refused(arguments, sounds, tmp_path, c
         (("--use_8bit_adam",), "bitsandbytes"),
     ],
 )
-def test_wrong_input_is_one_clear_error(arguments, tmp_path, capsys, flags, message):
+def test_wrong_input_is_one_clear_error(arguments, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     assert main(arguments(tmp_path, "--max_train_steps=1", *flags)) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
