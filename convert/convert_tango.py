@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.audio_utils import mel_filter_bank
 
-from convert.publish import add_card_and_code, push
+from convert.publish import add_card_and_code, push, read_json
 from convert.weight_maps import (
     TIED,
     VOCODER_CONSTANTS,
@@ -147,19 +147,6 @@ class Original:
     main_config: dict
     vae_config: dict
     stft_config: dict
-
-
-def read_json(path):
-    """The JSON object in `path`."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def write_json(path, content):

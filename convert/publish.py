@@ -197,7 +197,7 @@ def check_folder(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, got '{folder}'")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "TangoPipeline":
         raise ValueError(
             f"{folder / 'model_index.json'}: `_class_name` must be 'TangoPipeline', got {index.get('_class_name')!r}"
@@ -209,7 +209,7 @@ def check_folder(folder):
                 f"{folder / 'model_index.json'}: `{component}` must be a diffusers or transformers class, "
                 f"got {index.get(component)!r}"
             )
-        _read_json(folder / component / config)
+        read_json(folder / component / config)
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise ValueError(f"{folder / 'tokenizer'} has neither tokenizer.json nor spiece.model")
 
@@ -228,7 +228,7 @@ def check_folder(folder):
             _read_header(path)
     _load_variant(folder)
     for component in ("text_encoder", "vocoder"):  # saving a variant beside the plain weights writes its type there
-        config = _read_json(folder / component / "config.json")
+        config = read_json(folder / component / "config.json")
         dtype, dtypes = config.get("dtype", config.get("torch_dtype")), set()
         for path in _weight_files(folder, component).get(None, []):
             dtypes |= {DTYPES.get(dtype, dtype) for dtype, _ in _read_header(path).values()}
@@ -240,7 +240,8 @@ def check_folder(folder):
     return files
 
 
-def _read_json(path):
+def read_json(path):
+    """The JSON object in `path`; a ValueError if there is none."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -273,7 +274,7 @@ def _weight_files(folder, component):
         if "-of-" not in paths[0].name and len(paths) == 1:
             continue
         name = f"{WEIGHTS[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        shards = set(_read_json(folder / component / name).get("weight_map", {}).values())
+        shards = set(read_json(folder / component / name).get("weight_map", {}).values())
         if shards != {path.name for path in paths}:
             raise ValueError(f"{folder / component / name} names {sorted(shards)}, the folder has {paths}")
     return files
@@ -296,8 +297,8 @@ def _is_hub_id(source):
 
 
 def _model_card(folder, source, license, notes):
-    index = _read_json(folder / "model_index.json")
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    index = read_json(folder / "model_index.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     variant = _load_variant(folder)
 
     rows = []
@@ -338,7 +339,7 @@ def _model_card(folder, source, license, notes):
         path=PLACEHOLDER,
         variant=f', variant="{variant}"' if variant else "",
         components="\n".join(rows),
-        sampling_rate=_read_json(folder / "vocoder" / "config.json")["sampling_rate"],
+        sampling_rate=read_json(folder / "vocoder" / "config.json")["sampling_rate"],
         length=index.get("default_audio_length_in_s", 10.24),
         scheduler=", ".join(
             [index["scheduler"][1]]

@@ -9,6 +9,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
@@ -119,6 +120,16 @@ def build_components():
         "scheduler": scheduler,
         "vocoder": vocoder.eval(),
     }
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """For tests that call a training script: neither accelerate's state nor a signal handler outlives them."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

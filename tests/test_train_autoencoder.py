@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -21,6 +21,8 @@ from training.data import ClipDataset, read_manifest
 from training.train_autoencoder import MelDataset, PatchDiscriminator, load_vae, main, parse_args, vae_factor
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 CONFIG = {
     "block_out_channels": [8, 8, 16],
@@ -28,15 +30,6 @@ CONFIG = {
     "norm_num_groups": 4,
     "mid_block_add_attention": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
