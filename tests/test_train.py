@@ -224,6 +224,14 @@ def test_a_checkpoint_that_is_not_complete_is_never_picked_up(arguments, tmp_pat
     assert not leftover.exists()
 
 
+def test_an_earlier_runs_checkpoints_are_never_written_over(arguments, tmp_path, capsys):
+    assert main(arguments(tmp_path, "--max_train_steps=2")) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(arguments(tmp_path, "--max_train_steps=1")) == 1
+    assert "holds the checkpoints of another run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_accumulation_changes_nothing_but_rounding(arguments, tmp_path):
     flags = ("--max_train_steps=3", "--adam_epsilon=1e-4")
     assert main(arguments(tmp_path / "plain", *flags)) == 0

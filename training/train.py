@@ -495,8 +495,13 @@ def find_checkpoints(folder):
 
 
 def load_checkpoint(args, accelerator, settings):
-    """Step to go on from: 0 without a checkpoint."""
+    """Step to go on from: 0 without a checkpoint. Checkpoints of an earlier run are never written over."""
     if not args.resume_from_checkpoint:
+        if find_checkpoints(args.output_dir):
+            raise ValueError(
+                f"`--output_dir`: {args.output_dir} holds the checkpoints of another run. Give another folder, or go "
+                "on with --resume_from_checkpoint latest"
+            )
         return 0
     if args.resume_from_checkpoint == "latest":
         checkpoints = find_checkpoints(args.output_dir)
@@ -527,6 +532,14 @@ class Log:
             lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_atomically(path, "".join(kept).encode())
+            write_atomically(
+                path.with_suffix(".txt"), "".join(self.as_text(json.loads(line)) for line in kept).encode()
+            )
+
+    @staticmethod
+    def as_text(entry):
+        figures = "  ".join(f"{name} {value}" for name, value in entry.items() if name != "step")
+        return f"step {entry['step']:7d}  {figures}\n"
 
     def write(self, step, **values):
         self.accelerator.log(
@@ -536,7 +549,7 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             with open(self.path.with_suffix(".txt"), "a") as file:
-                file.write(f"step {step:7d}  " + "  ".join(f"{name} {value}" for name, value in values.items()) + "\n")
+                file.write(self.as_text({"step": step, **values}))
 
 
 @torch.no_grad()
@@ -699,7 +712,6 @@ def train(args):
     signal.signal(signal.SIGTERM, lambda *_: stop_requested.append(True))
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
     accelerator.wait_for_everyone()
     device = accelerator.device
 
@@ -809,6 +821,8 @@ def train(args):
         for name in ("seed", "train_batch_size", "gradient_accumulation_steps", "augment", "crop", "snr_gamma")
     } | {"num_clips": len(train_clips), "num_processes": accelerator.num_processes, "num_steps": num_steps}
     first_step = load_checkpoint(args, accelerator, settings)
+    if accelerator.is_main_process:
+        write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
     log = Log(output_dir / "log.jsonl", first_step, accelerator)
     if args.report_to != "none":
         accelerator.init_trackers("pipeline-tango", config={k: str(v) for k, v in vars(args).items()})
