@@ -79,6 +79,38 @@ LR_SCHEDULERS = [each.value for each in SchedulerType if each != SchedulerType.P
 NOISE, MIXES, DROPOUT, VALIDATION = range(4)
 
 
+def add_data_arguments(parser, description=None):
+    """Which sounds a training script trains on. Returns the group, for what else the script asks of them."""
+    data = parser.add_argument_group("data", description)
+    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
+    data.add_argument("--validation_manifest", help="the same for validation")
+    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
+    data.add_argument("--dataset_split", default="train", help="its split")
+    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
+    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
+    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
+    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
+    return data
+
+
+def add_checkpoint_arguments(parser):
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument("--output_dir", required=True)
+    checkpoints.add_argument("--checkpointing_steps", type=int, default=500)
+    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
+    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+
+
+def check_arguments(parser, args, *counts):
+    """What every training script asks of its arguments: one source of data, and at least 1 for each of `counts`."""
+    if bool(args.train_manifest) == bool(args.dataset_name):
+        parser.error("give one of --train_manifest and --dataset_name")
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
@@ -95,20 +127,11 @@ def parse_args(argv=None):
     start.add_argument("--vocoder", help="the same for the vocoder")
     start.add_argument("--text_encoder", help="the same for the T5 encoder and its tokenizer")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
-    data.add_argument("--validation_manifest", help="the same for validation")
-    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
-    data.add_argument("--dataset_split", default="train", help="its split")
-    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of the caption or list of captions (default: by convention)")
-    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
     data.add_argument("--audio_length_in_s", type=float, help="length to train on, in seconds (default: the model's)")
     data.add_argument("--crop", choices=("random", "head"), default="random", help="part taken from longer sounds")
-    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
-    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
     data.add_argument("--prefix", default="", help="text put before every caption")
-    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
     data.add_argument(
         "--cache_dir", help="folder to keep latents and text states in, so that epochs cost only the UNet"
@@ -172,11 +195,7 @@ def parse_args(argv=None):
     steps.add_argument("--max_grad_norm", type=float, default=1.0, help="0 turns clipping off")
     steps.add_argument("--seed", type=int, default=0)
 
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--output_dir", required=True)
-    checkpoints.add_argument("--checkpointing_steps", type=int, default=500)
-    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
-    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+    add_checkpoint_arguments(parser)
 
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
@@ -195,8 +214,6 @@ def parse_args(argv=None):
     parts = (args.unet_config, args.vae, args.vocoder, args.text_encoder)
     if bool(args.pretrained_model_name_or_path) == any(parts) or (any(parts) and not all(parts)):
         parser.error("give --pretrained_model_name_or_path, or all of --unet_config --vae --vocoder --text_encoder")
-    if bool(args.train_manifest) == bool(args.dataset_name):
-        parser.error("give one of --train_manifest and --dataset_name")
     if args.cache_dir and (args.augment != "none" or args.train_text_encoder):
         parser.error("--cache_dir holds single clips and fixed text states: leave out --augment, --train_text_encoder")
     if args.train_text_encoder and args.lora_rank:
@@ -205,7 +222,9 @@ def parse_args(argv=None):
         parser.error("--use_dora needs --lora_rank")
     if args.use_ema and args.lora_rank:
         parser.error("--use_ema averages the whole UNet: leave out --lora_rank")
-    for name in (
+    check_arguments(
+        parser,
+        args,
         "train_batch_size",
         "gradient_accumulation_steps",
         "max_train_steps",
@@ -216,9 +235,7 @@ def parse_args(argv=None):
         "num_validation_timesteps",
         "lora_rank",
         "max_train_samples",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+    )
     if args.seed < 0:
         parser.error(f"--seed has to be at least 0, not {args.seed}")
     if not 0 <= args.proportion_empty_prompts <= 1:
@@ -964,7 +981,7 @@ def train(args):
         stop = bool(stop_requested)
         if accelerator.num_processes > 1:
             stop = bool(accelerator.reduce(torch.tensor(float(stop), device=device), reduction="sum") > 0)
-        if (step % args.checkpointing_steps == 0 and step < num_steps) or stop or step == num_steps:
+        if step % args.checkpointing_steps == 0 or stop or step == num_steps:
             save_checkpoint(args, accelerator, step, settings)
         if stop and step < num_steps:
             bar.close()
@@ -1031,13 +1048,17 @@ def read_log(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(train, args):
+    """Exit status of `train(args)`; what the user can mend is one line on standard error."""
     try:
         return train(args)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+
+
+def main(argv=None):
+    return run(train, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ from training.train import (
     LR_SCHEDULERS,
     Log,
     StepSampler,
+    add_checkpoint_arguments,
+    add_data_arguments,
+    check_arguments,
     ignore_sigterm,
     keyed_generator,
     list_of_items,
@@ -44,6 +47,7 @@ from training.train import (
     prepare_clips,
     read_log,
     replacing,
+    run,
     save_checkpoint,
 )
 
@@ -77,22 +81,13 @@ def parse_args(argv=None):
         "--pretrained_model_name_or_path", help="folder or Hub repo of a VAE, or of a pipeline with one"
     )
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
-    data.add_argument("--validation_manifest", help="the same for validation")
-    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
-    data.add_argument("--dataset_split", default="train", help="its split")
-    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of a text, which is not used (default: by convention)")
-    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
     data.add_argument(
         "--audio_length_in_s", type=float, default=10.24, help="length that the last stage will train on, in seconds"
     )
     data.add_argument("--crop", choices=("random", "head"), default="random", help="part taken from longer sounds")
     data.add_argument("--num_crop_frames", type=int, default=128, help="frames of that length to train on at a time")
-    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
-    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
-    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
 
     objective = parser.add_argument_group("objective", "the sum of three terms")
@@ -135,11 +130,7 @@ def parse_args(argv=None):
     steps.add_argument("--max_grad_norm", type=float, default=1.0, help="0 turns clipping off")
     steps.add_argument("--seed", type=int, default=0)
 
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--output_dir", required=True)
-    checkpoints.add_argument("--checkpointing_steps", type=int, default=500)
-    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
-    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+    add_checkpoint_arguments(parser)
 
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
@@ -153,9 +144,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.config and args.pretrained_model_name_or_path:
         parser.error("give --config or --pretrained_model_name_or_path, not both")
-    if bool(args.train_manifest) == bool(args.dataset_name):
-        parser.error("give one of --train_manifest and --dataset_name")
-    for name in (
+    check_arguments(
+        parser,
+        args,
         "train_batch_size",
         "gradient_accumulation_steps",
         "max_train_steps",
@@ -166,9 +157,7 @@ def parse_args(argv=None):
         "validation_steps",
         "num_scale_clips",
         "max_train_samples",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+    )
     for name in ("seed", "reconstruction_weight", "kl_weight", "adversarial_weight", "adversarial_start_step"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
@@ -591,12 +580,7 @@ def train(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    return run(train, parse_args(argv))
 
 
 if __name__ == "__main__":

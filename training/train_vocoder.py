@@ -38,11 +38,15 @@ from training.train import (
     LR_SCHEDULERS,
     Log,
     StepSampler,
+    add_checkpoint_arguments,
+    add_data_arguments,
+    check_arguments,
     keyed_generator,
     list_of_items,
     load_checkpoint,
     prepare_clips,
     replacing,
+    run,
     save_checkpoint,
 )
 
@@ -80,17 +84,8 @@ def parse_args(argv=None):
     )
     start.add_argument("--upsample_initial_channel", type=int, help="its width, for short")
 
-    data = parser.add_argument_group("data", "all of it is kept in memory: 230 MB an hour")
-    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
-    data.add_argument("--validation_manifest", help="the same for validation")
-    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
-    data.add_argument("--dataset_split", default="train", help="its split")
-    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data = add_data_arguments(parser, "all of it is kept in memory: 230 MB an hour")
     data.add_argument("--caption_column", help="column of the caption, which must be there (default: by convention)")
-    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
-    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
-    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
     data.add_argument("--num_workers", type=int, default=2, help="threads that read sounds at the start")
     data.add_argument("--num_segment_frames", type=int, default=48, help="length trained on, in frames of 10 ms")
     data.add_argument("--vae", help="folder of an AutoencoderKL whose blur the vocoder is to undo")
@@ -126,11 +121,8 @@ def parse_args(argv=None):
     steps.add_argument("--profile_steps", type=int, help="log where the time of the first so many steps goes")
     parser.set_defaults(gradient_accumulation_steps=1)
 
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--output_dir", required=True)
-    checkpoints.add_argument("--checkpointing_steps", type=int, default=1000)
-    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed")
-    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+    add_checkpoint_arguments(parser)
+    parser.set_defaults(checkpointing_steps=1000)
 
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_steps", type=int, default=1000, help="steps between copy syntheses")
@@ -140,11 +132,11 @@ def parse_args(argv=None):
     reports.add_argument("--report_to", choices=("none", "tensorboard", "wandb"), default="none")
 
     args = parser.parse_args(argv)
-    if bool(args.train_manifest) == bool(args.dataset_name):
-        parser.error("give one of --train_manifest and --dataset_name")
     if args.pretrained_model_name_or_path and (args.config or args.upsample_initial_channel):
         parser.error("--pretrained_model_name_or_path has its config: leave out --config, --upsample_initial_channel")
-    for name in (
+    check_arguments(
+        parser,
+        args,
         "upsample_initial_channel",
         "max_train_samples",
         "discriminator_channels",
@@ -154,9 +146,7 @@ def parse_args(argv=None):
         "checkpointing_steps",
         "checkpoints_total_limit",
         "validation_steps",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+    )
     if args.seed < 0:
         parser.error(f"--seed has to be at least 0, not {args.seed}")
     if not 0 <= args.proportion_reconstructed <= 1:
@@ -701,12 +691,7 @@ def train(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        return train(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    return run(train, parse_args(argv))
 
 
 if __name__ == "__main__":
