@@ -552,6 +552,7 @@ class Log:
             write_atomically(
                 path.with_suffix(".txt"), "".join(self.as_text(json.loads(line)) for line in kept).encode()
             )
+        accelerator.wait_for_everyone()  # before another process reads what is kept
 
     @staticmethod
     def as_text(entry):
