@@ -301,8 +301,9 @@ def test_generators_depend_on_every_part_of_their_key():
 # Cache
 
 
-def test_the_cache_gives_the_same_training_and_is_filled_once(arguments, tmp_path, caplog):
-    flags = ("--max_train_steps=4", "--crop=head", "--proportion_empty_prompts=0.3", "--adam_epsilon=1e-4")
+@pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)])
+def test_the_cache_gives_the_same_training_and_is_filled_once(arguments, tmp_path, trained):
+    flags = ("--max_train_steps=4", "--crop=head", "--proportion_empty_prompts=0.3", "--adam_epsilon=1e-4", *trained)
     assert main(arguments(tmp_path / "plain", *flags)) == 0
     flags += ("--cache_dir", tmp_path / "cache")
     assert main(arguments(tmp_path / "cached", *flags)) == 0

@@ -134,7 +134,8 @@ def parse_args(argv=None):
     data.add_argument("--prefix", default="", help="text put before every caption")
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
     data.add_argument(
-        "--cache_dir", help="folder to keep latents and text states in, so that epochs cost only the UNet"
+        "--cache_dir",
+        help="folder to keep latents and states of a fixed text encoder in, so that epochs cost only the UNet",
     )
 
     mixing = parser.add_argument_group("mixing", "sounds and captions of a batch joined in pairs")
@@ -214,8 +215,8 @@ def parse_args(argv=None):
     parts = (args.unet_config, args.vae, args.vocoder, args.text_encoder)
     if bool(args.pretrained_model_name_or_path) == any(parts) or (any(parts) and not all(parts)):
         parser.error("give --pretrained_model_name_or_path, or all of --unet_config --vae --vocoder --text_encoder")
-    if args.cache_dir and (args.augment != "none" or args.train_text_encoder):
-        parser.error("--cache_dir holds single clips and fixed text states: leave out --augment, --train_text_encoder")
+    if args.cache_dir and args.augment != "none":
+        parser.error("--cache_dir holds single clips: leave out --augment")
     if args.train_text_encoder and args.lora_rank:
         parser.error("--lora_rank trains the UNet's layers only: leave out --train_text_encoder")
     if args.use_dora and not args.lora_rank:
@@ -339,7 +340,8 @@ class StepSampler:
 
 
 class CachedDataset(Dataset):
-    """Clips as a `LatentCache` holds them: posterior moments and text states instead of waveforms and captions."""
+    """Clips as a `LatentCache` holds them: posterior moments instead of waveforms and, unless the text encoder
+    trains, text states beside captions."""
 
     def __init__(self, clips, cache, keys, seed):
         self.clips, self.cache, self.keys, self.seed = clips, cache, keys, seed
@@ -352,10 +354,12 @@ class CachedDataset(Dataset):
         tensors = self.cache.get(self.keys[index])
         if tensors is None:
             raise RuntimeError(f"the cache lost {self.clips[index].path}: start again to fill it")
-        caption = np.random.default_rng([self.seed, epoch, index]).integers(len(self.clips[index].captions))
+        captions = self.clips[index].captions
+        caption = np.random.default_rng([self.seed, epoch, index]).integers(len(captions))
         return {
             "moments": tensors["moments"],
-            "text_states": tensors[f"text_states.{caption}"],
+            "caption": captions[caption],
+            "text_states": tensors.get(f"text_states.{caption}"),
             "epoch": epoch,
             "index": index,
         }
@@ -449,7 +453,7 @@ def fill_cache(args, accelerator, latents, dataset, cache):
     pipe = latents.pipe
     config = {
         "vae": fingerprint(pipe.vae),
-        "text_encoder": fingerprint(pipe.text_encoder),
+        "text_encoder": None if args.train_text_encoder else fingerprint(pipe.text_encoder),
         "num_samples": dataset.num_samples,
         "sampling_rate": dataset.sampling_rate,
         "crop": args.crop,
@@ -457,7 +461,7 @@ def fill_cache(args, accelerator, latents, dataset, cache):
     }
     keys = []
     for index, clip in enumerate(dataset.clips):
-        captions = [args.prefix + caption for caption in clip.captions]
+        captions = [] if args.train_text_encoder else [args.prefix + caption for caption in clip.captions]
         position = index if args.crop == "random" else None
         keys.append(cache_key(clip, config | {"captions": captions, "position": position}))
     missing = [index for index, key in enumerate(keys) if key not in cache]
@@ -465,7 +469,7 @@ def fill_cache(args, accelerator, latents, dataset, cache):
     for index in tqdm(missing, desc="caching", unit="clip", disable=not accelerator.is_local_main_process):
         item = dataset[(0, index)]
         tensors = {"moments": latents.moments_of(item["waveform"][None].to(latents.device))[0]}
-        for i, caption in enumerate(dataset.clips[index].captions):
+        for i, caption in enumerate([] if args.train_text_encoder else dataset.clips[index].captions):
             text, mask = latents.text_of([args.prefix + caption])
             tensors[f"text_states.{i}"] = text[0, : int(mask.sum())].float()
         cache.put(keys[index], tensors)
@@ -784,12 +788,14 @@ def train(args):
     if args.cache_dir:
         cache = LatentCache(args.cache_dir)
         keys = fill_cache(args, accelerator, latents, dataset, cache)
-        text, mask = latents.text_of([""])
-        empty_states = text[0, : int(mask.sum())].float().cpu()
+        if not args.train_text_encoder:
+            text, mask = latents.text_of([""])
+            empty_states = text[0, : int(mask.sum())].float().cpu()
         dataset = CachedDataset(train_clips, cache, keys, args.seed)
         if not validation_clips and not args.validation_prompts:
             pipe.vae.to("cpu")
-            pipe.text_encoder.to("cpu")
+            if not args.train_text_encoder:
+                pipe.text_encoder.to("cpu")
 
     # 3. Optimizer and schedule, in optimizer steps
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -889,7 +895,7 @@ def train(args):
             keyed_generator(args.seed, NOISE, epoch, index) for epoch, index in zip(batch["epoch"], batch["index"])
         ]
         if args.cache_dir:
-            moments = torch.stack(batch["moments"]).to(device)
+            moments, captions = torch.stack(batch["moments"]).to(device), batch["caption"]
         else:
             waveforms, captions = torch.stack(batch["waveform"]).to(device), batch["caption"]
             if args.augment != "none":
@@ -907,7 +913,7 @@ def train(args):
             moments = latents.moments_of(waveforms)
         clean = latents.sample(moments, generators)
         dropped = empty_prompt_rows(args.proportion_empty_prompts, generators).tolist()
-        if args.cache_dir:
+        if args.cache_dir and not args.train_text_encoder:
             states = [empty_states if drop else each for drop, each in zip(dropped, batch["text_states"])]
             text, mask = latents.pad_text(states)
         else:
