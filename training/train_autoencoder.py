@@ -398,6 +398,9 @@ def train(args):
     dataset = mel_dataset(train_clips, args.crop, num_crop_frames)
     scale_dataset = mel_dataset(select_clips(train_clips, args.num_scale_clips, args.seed), args.crop, num_frames)
     validation_dataset = mel_dataset(validation_clips, "head", num_frames)
+    if not args.pretrained_model_name_or_path:  # log-mel values lie around -6, a long way for the optimizer to go
+        mels = [scale_dataset[0, index]["mel"] for index in range(min(16, len(scale_dataset)))]
+        torch.nn.init.constant_(vae.decoder.conv_out.bias, float(torch.cat(mels).mean()))
 
     # 3. Optimizers and schedules, in optimizer steps
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
