@@ -24,11 +24,14 @@ from training.train_vocoder import (
     adversarial_loss,
     compressed_spectrum,
     discriminator_loss,
-    feature_loss,
+    energy_distance,
+    feature_distance,
     inputs_of,
     main,
     parse_args,
     reconstruct,
+    spectra,
+    spectral_distance,
 )
 
 
@@ -98,6 +101,7 @@ def test_two_steps_leave_a_vocoder_with_a_card_sounds_and_a_checkpoint(arguments
 
 def test_training_on_one_clip_lowers_its_error(arguments, sounds, tmp_path):
     flags = ("--max_train_steps=60", "--learning_rate=2e-3", "--ema_decay=0.9", "--validation_steps=5")
+    flags += ("--mel_weight=7.5", "--feature_weight=1", "--spectrogram_weight=0", "--mel_noise=0")
     flags += ("--validation_manifest", sounds / "one.jsonl", "--num_validation_sounds=0")
     assert main(arguments(tmp_path, *flags, manifest="one.jsonl")) == 0
     errors = [entry["validation_mel_error"] for entry in read_log(tmp_path) if "validation_mel_error" in entry]
@@ -147,7 +151,8 @@ def test_gradients_of_silence_are_finite(tmp_path):
     made = torch.zeros(1, 4800, requires_grad=True)
     real = discriminators(torch.zeros(1, 4800))
     fake = discriminators(made)
-    (discriminator_loss(real, fake) + adversarial_loss(fake) + feature_loss(real, fake)).backward()
+    loss = discriminator_loss(real, fake) + adversarial_loss(fake) + feature_distance(fake, real)
+    (loss + spectral_distance(spectra(made), spectra(torch.zeros(1, 4800)))).backward()
     assert made.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in discriminators.parameters())
 
@@ -165,20 +170,44 @@ def test_the_compressed_spectrum_keeps_phases_and_takes_amplitudes_to_the_power_
     torch.testing.assert_close(quieter.abs().max() / real.abs().max(), torch.tensor(0.1**0.3), rtol=2e-2, atol=0)
 
 
+def test_the_energy_distance_prefers_the_distribution_to_its_middle():
+    generator = torch.Generator().manual_seed(0)
+    real, first, second = torch.randn(3, 100000, generator=generator)
+
+    def distance(scale):
+        return float(energy_distance(torch.nn.functional.l1_loss, real, scale * first, scale * second))
+
+    # closed form for normal variables: E|X - Y| = sqrt(2 / pi) * sqrt(var(X) + var(Y))
+    for scale in (0.0, 0.5, 1.0, 2.0):
+        expected = (2 / torch.pi) ** 0.5 * (2 * (1 + scale**2) ** 0.5 - 2**0.5 * scale)
+        assert distance(scale) == pytest.approx(expected, abs=0.02)
+    assert distance(1.0) < min(distance(0.0), distance(0.5), distance(2.0)) - 0.02
+
+
+def test_the_middle_of_all_noises_is_no_better_than_noise():
+    # the median magnitude everywhere is nearer to each noise than another noise is, and would win by plain distances
+    noises = [spectra(waveform) for waveform in torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(0))]
+    middle = [tuple(part.median().expand_as(part) for part in window) for window in noises[0]]
+    assert spectral_distance(middle, noises[0]) < spectral_distance(noises[1], noises[0])
+    assert energy_distance(spectral_distance, *noises) < energy_distance(spectral_distance, noises[0], middle, middle)
+
+
 def test_a_segment_belongs_to_its_mel_frames_as_in_the_whole_sound(sounds, tmp_path):
-    args = parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--num_segment_frames=16"])
+    args = parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--num_segment_frames=16", "--mel_noise=0.1"])
     dataset = Segments([Clip(str(sounds / "rain.wav"), ("rain",))], 16, seed=0)
     [whole] = dataset.waveforms
     assert len(whole) == 8000 + 2 * NUM_CONTEXT_FRAMES * 160 + 1280
     dataset.waveforms = [whole[: (16 + 2 * NUM_CONTEXT_FRAMES) * 160]]  # the only segment left is the sound's start
     item = dataset[0, 0]
     mel, waveform = inputs_of(args, None, {name: [value] for name, value in item.items()}, "cpu")
-    assert mel.shape == (1, 16, 64) and waveform.shape == (1, 2560)
+    assert mel.shape == (2, 16, 64) and waveform.shape == (1, 2560)
     start = whole[NUM_CONTEXT_FRAMES * 160 :][:8000]
     gain = waveform.abs().max() / start[:2560].abs().max()
     assert 1 <= gain <= 10
     torch.testing.assert_close(waveform[0], gain * start[:2560])
-    torch.testing.assert_close(mel, log_mel_spectrogram(gain * start[None])[:, :16], atol=1e-3, rtol=1e-3)
+    noise = mel - log_mel_spectrogram(gain * start[None])[:, :16]
+    assert noise.std(dim=(1, 2)).tolist() == pytest.approx([0.1, 0.1], rel=0.1)
+    assert abs(float((noise[0] * noise[1]).mean())) < 2e-3  # two draws, not one
 
 
 def test_segments_depend_on_epoch_and_index_only(sounds):

@@ -3,6 +3,11 @@
 The result, `OUT/model`, is a transformers `SpeechT5HifiGan` for the mel spectrograms of `log_mel_spectrogram`. As in
 `training.train` everything random is drawn from generators keyed by the seed and by what it is for, so a run that was
 killed and resumed does exactly what an unbroken one does.
+
+A spectrogram says nothing of the phases of rain. A net that is asked for *the* waveform settles on what is least wrong
+on average, one click a frame, which is heard as a buzz. So two waveforms are made of each segment, from mel
+spectrograms with a little noise each, and the losses ask that the two be as far from each other as from the recording
+(`energy_distance`); discriminators do the rest.
 """
 
 import argparse
@@ -66,8 +71,9 @@ VOCODER_CONFIG = {
 }
 NUM_CONTEXT_FRAMES = 8  # on each side of a segment: its mel windows, and the VAE's view
 MAX_GAIN_DB = 20  # of a quiet segment
+SPECTRUM_WINDOWS = (64, 128, 256, 512, 1024, 2048)  # samples, of the energy distance of spectra
 # what a random draw is for: the first word of its key
-SEGMENTS, RECONSTRUCTION, VALIDATION = range(4, 7)
+SEGMENTS, RECONSTRUCTION, VALIDATION, MEL_NOISE = range(4, 8)
 
 
 def parse_args(argv=None):
@@ -92,10 +98,14 @@ def parse_args(argv=None):
     data.add_argument(
         "--proportion_reconstructed", type=float, default=0.5, help="share of mel spectrograms that go through --vae"
     )
+    data.add_argument(
+        "--mel_noise", type=float, default=0.2, help="deviation of the noise on the others, in log-mel units"
+    )
 
     objective = parser.add_argument_group("objective", "the weights of the generator's losses; the adversarial has 1")
-    objective.add_argument("--mel_weight", type=float, default=15.0, help="of the log-mel L1; HiFi-GAN's is 45")
-    objective.add_argument("--feature_weight", type=float, default=2.0, help="of feature matching")
+    objective.add_argument("--spectrogram_weight", type=float, default=7.5, help="of the energy distance of spectra")
+    objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
+    objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
     objective.add_argument(
         "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
     )
@@ -108,7 +118,7 @@ def parse_args(argv=None):
     steps.add_argument("--train_batch_size", type=int, default=8, help="segments per process and step")
     steps.add_argument("--max_train_steps", type=int, default=100000)
     steps.add_argument("--learning_rate", type=float, default=5e-4)
-    steps.add_argument("--discriminator_learning_rate", type=float, default=1e-4, help="5e-4 wins too early")
+    steps.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="5e-4 wins too early")
     steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--adam_beta1", type=float, default=0.8)
@@ -152,9 +162,9 @@ def parse_args(argv=None):
     if not 0 <= args.proportion_reconstructed <= 1:
         parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
     num_samples = args.num_segment_frames * MEL_HOP_LENGTH
-    if min(args.stft_windows + args.periods) < 2 or max(args.stft_windows + [640]) > num_samples:
+    if min(args.stft_windows + args.periods) < 2 or max(args.stft_windows + [2048]) > num_samples:
         parser.error(
-            f"--stft_windows {args.stft_windows} and at least 640 samples have to fit into a segment, which has "
+            f"--stft_windows {args.stft_windows} and at least 2048 samples have to fit into a segment, which has "
             f"{num_samples} samples, and --periods has to be at least 2"
         )
     return args
@@ -345,13 +355,46 @@ def adversarial_loss(made):
     return -sum(features[-1].mean() for features in made)
 
 
-def feature_loss(real, made):
-    """Feature matching, each map in units of the recording's mean absolute feature, or deep maps would hardly count.
+def energy_distance(distance, real, first, second):
+    """Energy distance of what was made to what was recorded, but for a constant, from two sounds made of one input.
+
+    `2 E d(made, real) - E d(made, made')` is least where the made ones are distributed as the real ones, if `d` is a
+    sum of Euclidean norms: being in the middle of all that could be does not pay, as it does for `E d(made, real)`.
+    Source: Gritsenko et al. 2020, arXiv 2008.01160, equation 4.
+    """
+    return distance(first, real) + distance(second, real) - distance(first, second)
+
+
+def spectra(waveform):
+    """Square roots and logarithms of STFT magnitudes, each (batch, num_bins, num_frames), windows of 4 to 128 ms."""
+    result = []
+    for length in SPECTRUM_WINDOWS:
+        window = torch.hann_window(length, device=waveform.device)
+        window = window / window.square().sum().sqrt()  # white noise is as loud in each
+        spectrum = torch.stft(waveform, length, length // 4, window=window, center=False, return_complex=True)
+        magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
+        result.append((magnitude.sqrt(), (magnitude + 1e-4).log()))
+    return result
+
+
+def spectral_distance(a, b):
+    """Distance of two `spectra`: mean absolute differences of both, and the Euclidean norm of each frame's difference
+    of logarithms, which alone sees whether the bins of a frame go together."""
+    total = 0
+    for (roots_a, logs_a), (roots_b, logs_b) in zip(a, b):
+        difference = logs_a - logs_b
+        norm = (difference.square().mean(1) + 1e-8).sqrt()
+        total = total + difference.abs().mean() + norm.mean() + F.l1_loss(roots_a, roots_b)
+    return total / len(a)
+
+
+def feature_distance(a, b):
+    """Mean absolute difference of feature maps, each in units of its mean, or deep maps would hardly count.
 
     Source: EnCodec (Defossez et al. 2022, arXiv 2210.13438), section 3.4.
     """
-    maps = [(r, m) for rs, ms in zip(real, made) for r, m in zip(rs[:-1], ms[:-1])]
-    return sum(F.l1_loss(m, r) / (r.abs().mean() + 1e-5) for r, m in maps) / len(maps)
+    maps = [pair for maps_a, maps_b in zip(a, b) for pair in zip(maps_a[:-1], maps_b[:-1])]
+    return sum(F.l1_loss(x, y) / (y.detach().abs().mean() + 1e-5) for x, y in maps) / len(maps)
 
 
 # Data
@@ -413,18 +456,24 @@ def reconstruct(vae, mel, generators):
 
 
 def inputs_of(args, vae, batch, device):
-    """Mel spectrograms (batch, num_frames, num_mel_bins) and the waveforms that belong to them."""
+    """Two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one draw, and the
+    waveforms that belong to them, `(batch, num_frames * hop)`.
+
+    The two differ by the draw of the posterior where they went through the VAE, and else by `--mel_noise`.
+    """
     waveform = torch.stack(batch["waveform"]).to(device)
-    mel = log_mel_spectrogram(waveform)
+    keys = list(zip(batch["epoch"], batch["index"]))
+    recorded = log_mel_spectrogram(waveform)
+    generators = [keyed_generator(args.seed, MEL_NOISE, *key) for key in keys]
+    draws = [recorded + args.mel_noise * sample_noise(recorded.shape, generators, device) for _ in range(2)]
     if vae is not None:
-        keys = list(zip(batch["epoch"], batch["index"]))
         generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
         chosen = torch.stack([torch.rand((), generator=each) for each in generators]) < args.proportion_reconstructed
         rows = chosen.nonzero()[:, 0].tolist()
-        if rows:
-            mel[rows] = reconstruct(vae, mel[rows], [generators[row] for row in rows])
+        for mel in draws if rows else ():
+            mel[rows] = reconstruct(vae, recorded[rows], [generators[row] for row in rows])
     num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
-    return mel[:, NUM_CONTEXT_FRAMES:-NUM_CONTEXT_FRAMES], waveform[:, num_context:-num_context]
+    return torch.cat(draws)[:, NUM_CONTEXT_FRAMES:-NUM_CONTEXT_FRAMES], waveform[:, num_context:-num_context]
 
 
 # Validation and results
@@ -610,27 +659,36 @@ def train(args):
     for batch in loader:
         mel, waveform = inputs_of(args, vae, batch, device)
         made = generator(mel)
-        # discriminators first, on both halves in one pass
+        # discriminators first, on recorded and made ones in one pass
         judged = discriminators(torch.cat([waveform, made.detach()]))
-        real, fake = ([[m.chunk(2)[half] for m in maps] for maps in judged] for half in (0, 1))
+        sizes = [len(waveform), len(made)]
+        real, fake = ([[m.split(sizes)[part] for m in maps] for maps in judged] for part in (0, 1))
         figures = {"discriminator_loss": discriminator_loss(real, fake)}
         accelerator.backward(figures["discriminator_loss"])
         discriminator_optimizer.step()
         discriminator_optimizer.zero_grad()
 
         judges.requires_grad_(False)
-        with torch.no_grad():
-            real = judges(waveform)
         fake = judges(made)
+        figures["adversarial_loss"] = loss = adversarial_loss(fake)
+        if args.feature_weight:
+            with torch.no_grad():
+                real = judges(waveform)
+            halves = ([[m.chunk(2)[half] for m in maps] for maps in fake] for half in (0, 1))
+            figures["feature_loss"] = energy_distance(feature_distance, real, *halves)
+            loss = loss + args.feature_weight * figures["feature_loss"]
         judges.requires_grad_(True)
-        figures["mel_loss"] = mel_loss(made, waveform)
-        figures["adversarial_loss"] = adversarial_loss(fake)
-        figures["feature_loss"] = feature_loss(real, fake)
-        accelerator.backward(
-            args.mel_weight * figures["mel_loss"]
-            + figures["adversarial_loss"]
-            + args.feature_weight * figures["feature_loss"]
-        )
+        first, second = made.chunk(2)
+        with torch.no_grad():
+            figures["mel_error"] = mel_loss(first, waveform)
+        if args.mel_weight:
+            figures["mel_loss"] = energy_distance(mel_loss, waveform, first, second)
+            loss = loss + args.mel_weight * figures["mel_loss"]
+        if args.spectrogram_weight:
+            pictures = map(spectra, (waveform, first, second))
+            figures["spectrogram_loss"] = energy_distance(spectral_distance, *pictures)
+            loss = loss + args.spectrogram_weight * figures["spectrogram_loss"]
+        accelerator.backward(loss)
         if args.max_grad_norm:
             figures["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         generator_optimizer.step()
@@ -648,7 +706,7 @@ def train(args):
                 raise FloatingPointError(f"{name} is {value} at step {step}: lower --learning_rate")
         log.write(step, **values, lr=learning_rate)
         bar.update()
-        bar.set_postfix(mel_loss=f"{values['mel_loss']:.3f}", adversarial=f"{values['adversarial_loss']:.2f}")
+        bar.set_postfix(mel_error=f"{values['mel_error']:.3f}", adversarial=f"{values['adversarial_loss']:.2f}")
         if profiler is not None and step == first_step + args.profile_steps:
             profiler.stop()
             logger.info("\n" + profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
