@@ -1,0 +1,119 @@
+"""Train a T5 tokenizer on captions, beside a random T5 encoder to train with it:
+`python -m training.train_tokenizer --train_manifest M --output_dir OUT`.
+
+`OUT` is what `training.train --text_encoder OUT --train_text_encoder` starts from. A pretrained FLAN-T5 knows far more
+words; this is for a Tango that has to be small.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from training.data import read_manifest
+from training.train import replacing, run
+
+
+# narrow and shallow: 1.5 million parameters beside the embeddings
+TEXT_ENCODER_CONFIG = {
+    "d_model": 192,
+    "d_kv": 32,
+    "d_ff": 512,
+    "num_layers": 4,
+    "num_heads": 6,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.1,
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_tokenizer",
+        description="Train a T5 tokenizer on the captions of a manifest, and put a random T5 encoder with its number "
+        "of tokens beside it, for training.train --text_encoder OUT --train_text_encoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--train_manifest", nargs="+", required=True, help="manifests with captions, as training.train reads them"
+    )
+    parser.add_argument("--caption_column", help="column of the caption or list of captions (default: by convention)")
+    parser.add_argument("--output_dir", required=True, help="folder to write, which must not exist yet")
+    parser.add_argument("--vocab_size", type=int, default=1000, help="tokens, at most")
+    parser.add_argument("--max_length", type=int, default=64, help="tokens of a prompt; longer ones are cut")
+    parser.add_argument("--config", help="JSON file with arguments of T5Config that differ from the default's")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    args = parser.parse_args(argv)
+    if args.vocab_size < 100:
+        parser.error(f"--vocab_size has to be at least 100, for every letter is one, not {args.vocab_size}")
+    if args.max_length < 2:
+        parser.error(f"--max_length has to be at least 2, not {args.max_length}")
+    if Path(args.output_dir).exists():
+        parser.error(f"--output_dir {args.output_dir} exists already")
+    return args
+
+
+def train_tokenizer(captions, vocab_size, max_length):
+    """A `T5Tokenizer` that reads upper case as lower case, of at most `vocab_size` pieces, with every character of
+    `captions` and every printable ASCII character among them.
+
+    Source of the algorithm: Kudo 2018, arXiv 1804.10959 (unigram language model).
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError('a tokenizer is trained by sentencepiece: pip install "pipeline-tango[train]"') from error
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sorted(captions)),
+            model_prefix=f"{folder}/spiece",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            required_chars="".join(map(chr, range(33, 127))).lower(),
+            normalization_rule_name="nmt_nfkc_cf",  # case folding
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=1,
+        )
+        return T5Tokenizer.from_pretrained(
+            folder, extra_ids=0, additional_special_tokens=[], model_max_length=max_length
+        )
+
+
+def train(args):
+    PartialState()  # which the shared logger asks for
+    columns = {"caption_column": args.caption_column} if args.caption_column else {}
+    captions = [
+        caption
+        for manifest in args.train_manifest
+        for clip in read_manifest(manifest, **columns)
+        for caption in clip.captions
+    ]
+    tokenizer = train_tokenizer(captions, args.vocab_size, args.max_length)
+    config = TEXT_ENCODER_CONFIG | (json.loads(Path(args.config).read_text()) if args.config else {})
+    torch.manual_seed(args.seed)
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **config))
+    with replacing(Path(args.output_dir)) as folder:
+        tokenizer.save_pretrained(folder)
+        text_encoder.save_pretrained(folder)
+    num_tokens = sum(len(ids) for ids in tokenizer(captions).input_ids) / len(captions)
+    print(
+        f"{len(tokenizer)} tokens from {len(set(captions))} captions, {num_tokens:.1f} a caption; an encoder of "
+        f"{text_encoder.num_parameters():,} random parameters: {args.output_dir}"
+    )
+    return 0
+
+
+def main(argv=None):
+    return run(train, parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
