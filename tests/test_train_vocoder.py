@@ -140,7 +140,7 @@ def test_sigterm_writes_a_checkpoint_and_leaves_cleanly(arguments, tmp_path, cap
 def test_the_fast_generator_is_the_vocoder_with_its_extra_samples_cut():
     vocoder = build_components()["vocoder"]
     mel = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0)) - 4
-    made = Generator(vocoder)(mel)
+    made, _ = Generator(vocoder)(mel)
     assert made.shape == (2, 3200)
     torch.testing.assert_close(made, vocoder(mel)[:, :3200], atol=1e-4, rtol=1e-4)
 
@@ -199,7 +199,7 @@ def test_a_segment_belongs_to_its_mel_frames_as_in_the_whole_sound(sounds, tmp_p
     assert len(whole) == 8000 + 2 * NUM_CONTEXT_FRAMES * 160 + 1280
     dataset.waveforms = [whole[: (16 + 2 * NUM_CONTEXT_FRAMES) * 160]]  # the only segment left is the sound's start
     item = dataset[0, 0]
-    mel, waveform = inputs_of(args, None, {name: [value] for name, value in item.items()}, "cpu")
+    mel, waveform, _ = inputs_of(args, None, {name: [value] for name, value in item.items()}, "cpu")
     assert mel.shape == (2, 16, 64) and waveform.shape == (1, 2560)
     start = whole[NUM_CONTEXT_FRAMES * 160 :][:8000]
     gain = waveform.abs().max() / start[:2560].abs().max()
@@ -229,10 +229,46 @@ def test_reconstructed_mel_spectrograms_are_those_of_the_vae(arguments, sounds, 
     assert (tmp_path / "run" / "samples" / "step-1" / "0-reconstructed.wav").exists()
 
 
+def test_a_decoder_trained_along_keeps_its_encoder_and_learns(arguments, sounds, tmp_path):
+    build_components()["vae"].save_pretrained(tmp_path / "vae")
+    flags = ("--vae", tmp_path / "vae", "--train_decoder", "--validation_manifest", sounds / "one.jsonl")
+    flags += ("--learning_rate=5e-3", "--ema_decay=0.5", "--max_train_steps=30", "--decoder_weight=100")
+    assert main(arguments(tmp_path / "run", *flags, "--checkpointing_steps=29", manifest="one.jsonl")) == 0
+    before, after = (
+        load_file(path / "diffusion_pytorch_model.safetensors")
+        for path in (tmp_path / "vae", tmp_path / "run" / "vae")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith(("decoder.", "post_quant_conv."))}
+    losses = [entry["decoder_loss"] for entry in read_log(tmp_path / "run") if "decoder_loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    resumed = arguments(
+        tmp_path / "run", *flags, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-29", manifest="one.jsonl"
+    )
+    assert main(resumed) == 0
+    again = load_file(tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_a_run_may_start_from_both_nets_of_an_earlier_one(arguments, sounds, tmp_path):
+    assert main(arguments(tmp_path / "first", "--max_train_steps=1", "--ema_decay=0")) == 0
+    opponents = tmp_path / "first" / "checkpoint-1" / "model_1.safetensors"
+    flags = [
+        flag
+        for flag in arguments(tmp_path / "second", "--max_train_steps=1", "--discriminator_learning_rate=0")
+        if not flag.startswith(("--config", "--upsample_initial_channel"))
+    ]
+    flags += ["--pretrained_model_name_or_path", str(tmp_path / "first" / "model")]
+    assert main([*flags, "--discriminators", str(opponents)]) == 0
+    before, after = load_file(opponents), load_file(tmp_path / "second" / "checkpoint-1" / "model_1.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--train_manifest=missing.jsonl"], "missing.jsonl"),
+        (["--discriminators={config}"], "config.json does not fit"),
         (["--resume_from_checkpoint=nowhere"], "nowhere is no complete checkpoint"),
         (["--config={config}"], "have to be (16000, 64, 160, False), not (16000, 64, 80, False)"),
     ],
@@ -245,7 +281,9 @@ def test_bad_input_is_one_clear_line(flags, message, arguments, tmp_path, capsys
     assert error.startswith("error: ") and message in error
 
 
-@pytest.mark.parametrize("flag", ["--stft_windows=4096", "--train_batch_size=0", "--proportion_reconstructed=2"])
+@pytest.mark.parametrize(
+    "flag", ["--stft_windows=4096", "--train_batch_size=0", "--proportion_reconstructed=2", "--train_decoder"]
+)
 def test_bad_flags_are_refused_by_name(flag, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(arguments(tmp_path, flag))

@@ -28,6 +28,8 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
@@ -89,6 +91,7 @@ def parse_args(argv=None):
         "--config", help="JSON config of a SpeechT5HifiGan, whole or in part (default: 2.1 M parameters)"
     )
     start.add_argument("--upsample_initial_channel", type=int, help="its width, for short")
+    start.add_argument("--discriminators", help="those of an earlier run: CHECKPOINT/model_1.safetensors")
 
     data = add_data_arguments(parser, "all of it is kept in memory: 230 MB an hour")
     data.add_argument("--caption_column", help="column of the caption, which must be there (default: by convention)")
@@ -99,6 +102,12 @@ def parse_args(argv=None):
         "--proportion_reconstructed", type=float, default=0.5, help="share of mel spectrograms that go through --vae"
     )
     data.add_argument(
+        "--train_decoder",
+        action="store_true",
+        help="train the decoder of --vae along, on reconstructions only, so that nothing is left out that the vocoder "
+        "needs; the encoder stays, and with it all latents. The result is OUT/vae",
+    )
+    data.add_argument(
         "--mel_noise", type=float, default=0.2, help="deviation of the noise on the others, in log-mel units"
     )
 
@@ -106,6 +115,7 @@ def parse_args(argv=None):
     objective.add_argument("--spectrogram_weight", type=float, default=7.5, help="of the energy distance of spectra")
     objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
     objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
+    objective.add_argument("--decoder_weight", type=float, default=5.0, help="of that of the decoder's spectrograms")
     objective.add_argument(
         "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
     )
@@ -161,6 +171,8 @@ def parse_args(argv=None):
         parser.error(f"--seed has to be at least 0, not {args.seed}")
     if not 0 <= args.proportion_reconstructed <= 1:
         parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
+    if args.train_decoder and not args.vae:
+        parser.error("--train_decoder needs --vae")
     num_samples = args.num_segment_frames * MEL_HOP_LENGTH
     if min(args.stft_windows + args.periods) < 2 or max(args.stft_windows + [2048]) > num_samples:
         parser.error(
@@ -209,14 +221,23 @@ class Generator(nn.Module):
     The same function of the same weights: its convolutions run as 2-D ones on channels-last tensors, for which the
     CPU's kernels are faster, and nothing is kept twice for the backward pass. The last layer is always in float32:
     a waveform of 8 bits would hiss.
+
+    With a `vae` it reads latents of segments with context, and its decoder is what comes first.
     """
 
-    def __init__(self, vocoder):
+    def __init__(self, vocoder, vae=None):
         super().__init__()
-        self.vocoder = vocoder
+        self.vocoder, self.vae = vocoder, vae
 
-    def forward(self, mel):
-        """(batch, num_frames, num_mel_bins) -> (batch, num_frames * hop)"""
+    def forward(self, inputs):
+        """(batch, num_frames, num_mel_bins), or latents of them with context, to waveforms (batch, num_frames * hop)
+        and the mel spectrograms they are of."""
+        if self.vae is None:
+            return self.vocode(inputs), inputs
+        mel = without_context(self.vae.decode(inputs).sample[:, 0].float())
+        return self.vocode(mel), mel
+
+    def vocode(self, mel):
         vocoder, slope = self.vocoder, self.vocoder.config.leaky_relu_slope
         hidden = mel.transpose(1, 2).unsqueeze(2).to(memory_format=torch.channels_last)  # (batch, bins, 1, frames)
         hidden = conv(vocoder.conv_pre, hidden)
@@ -451,19 +472,36 @@ def reconstruct(vae, mel, generators):
     num_frames = mel.shape[1]
     mel = F.pad(mel.transpose(1, 2), (0, -num_frames % factor), mode="replicate").transpose(1, 2)
     posterior = vae.encode(mel.unsqueeze(1)).latent_dist
-    noise = sample_noise(posterior.mean.shape, generators, mel.device)
-    return vae.decode(posterior.mean + posterior.std * noise).sample[:, 0, :num_frames]
+    return vae.decode(draw_latents(posterior, generators)).sample[:, 0, :num_frames]
+
+
+def draw_latents(posterior, generators):
+    """A sample of the posterior with one generator each; not scaled."""
+    return posterior.mean + posterior.std * sample_noise(posterior.mean.shape, generators, posterior.mean.device)
+
+
+def without_context(mel):
+    return mel[:, NUM_CONTEXT_FRAMES:-NUM_CONTEXT_FRAMES]
 
 
 def inputs_of(args, vae, batch, device):
-    """Two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one draw, and the
-    waveforms that belong to them, `(batch, num_frames * hop)`.
+    """What the generator reads, and the waveforms `(batch, num_frames * hop)` and mel spectrograms
+    `(batch, num_frames, num_mel_bins)` that belong to it.
 
-    The two differ by the draw of the posterior where they went through the VAE, and else by `--mel_noise`.
+    The generator reads two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one
+    draw. The two differ by the draw of the posterior where they went through the VAE, and else by `--mel_noise`. With
+    `--train_decoder` it reads the two latents instead, with context.
     """
     waveform = torch.stack(batch["waveform"]).to(device)
     keys = list(zip(batch["epoch"], batch["index"]))
     recorded = log_mel_spectrogram(waveform)
+    num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
+    targets = waveform[:, num_context:-num_context], without_context(recorded)
+    if args.train_decoder:
+        generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
+        with torch.no_grad():
+            posterior = vae.encode(recorded.unsqueeze(1)).latent_dist
+            return torch.cat([draw_latents(posterior, generators) for _ in range(2)]), *targets
     generators = [keyed_generator(args.seed, MEL_NOISE, *key) for key in keys]
     draws = [recorded + args.mel_noise * sample_noise(recorded.shape, generators, device) for _ in range(2)]
     if vae is not None:
@@ -472,8 +510,7 @@ def inputs_of(args, vae, batch, device):
         rows = chosen.nonzero()[:, 0].tolist()
         for mel in draws if rows else ():
             mel[rows] = reconstruct(vae, recorded[rows], [generators[row] for row in rows])
-    num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
-    return torch.cat(draws)[:, NUM_CONTEXT_FRAMES:-NUM_CONTEXT_FRAMES], waveform[:, num_context:-num_context]
+    return without_context(torch.cat(draws)), *targets
 
 
 # Validation and results
@@ -540,8 +577,8 @@ def keep_sound(folder, name, audio):
         logger.warning('no pictures without matplotlib: pip install "pipeline-tango[demo]"')
 
 
-def save_result(args, vocoder, summary):
-    """The vocoder with a card as `output_dir/model`."""
+def save_result(args, vocoder, vae, summary):
+    """The vocoder with a card as `output_dir/model`, and a trained VAE as `output_dir/vae`."""
     data = ModelCardData(library_name="transformers", pipeline_tag="audio-to-audio", tags=["vocoder", "hifigan"])
     flags = "\n".join(f"    --{name} {value}" for name, value in sorted(vars(args).items()) if value not in (None, []))
     figures = "\n".join(f"- {name}: {value}" for name, value in summary.items())
@@ -554,6 +591,9 @@ def save_result(args, vocoder, summary):
     with replacing(Path(args.output_dir) / "model") as folder:
         vocoder.save_pretrained(folder)
         ModelCard(text).save(folder / "README.md")
+    if args.train_decoder:
+        with replacing(Path(args.output_dir) / "vae") as folder:
+            vae.save_pretrained(folder)
 
 
 def train(args):
@@ -578,9 +618,24 @@ def train(args):
     vae = None
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae).to(device).eval().requires_grad_(False)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if args.train_decoder and (args.num_segment_frames + 2 * NUM_CONTEXT_FRAMES) % factor:
+            raise ValueError(
+                f"`--num_segment_frames` {args.num_segment_frames} and {2 * NUM_CONTEXT_FRAMES} of context are no "
+                f"multiple of the VAE's {factor}"
+            )
+        if args.train_decoder:
+            vae.decoder.requires_grad_(True)
+            if vae.post_quant_conv is not None:
+                vae.post_quant_conv.requires_grad_(True)
     torch.manual_seed(keyed_generator(args.seed).initial_seed())  # not the vocoder's weights again
-    generator, discriminators = Generator(vocoder), Discriminators(args)
-    parameters = list(generator.parameters())
+    generator, discriminators = Generator(vocoder, vae if args.train_decoder else None), Discriminators(args)
+    if args.discriminators:
+        try:
+            discriminators.load_state_dict(load_file(args.discriminators))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"`--discriminators` {args.discriminators} does not fit: {error}") from None
+    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
@@ -657,8 +712,8 @@ def train(args):
         disable=not accelerator.is_local_main_process,
     )
     for batch in loader:
-        mel, waveform = inputs_of(args, vae, batch, device)
-        made = generator(mel)
+        inputs, waveform, recorded = inputs_of(args, vae, batch, device)
+        made, mel = generator(inputs)
         # discriminators first, on recorded and made ones in one pass
         judged = discriminators(torch.cat([waveform, made.detach()]))
         sizes = [len(waveform), len(made)]
@@ -688,6 +743,9 @@ def train(args):
             pictures = map(spectra, (waveform, first, second))
             figures["spectrogram_loss"] = energy_distance(spectral_distance, *pictures)
             loss = loss + args.spectrogram_weight * figures["spectrogram_loss"]
+        if args.train_decoder:
+            figures["decoder_loss"] = energy_distance(F.l1_loss, recorded, *mel.chunk(2))
+            loss = loss + args.decoder_weight * figures["decoder_loss"]
         accelerator.backward(loss)
         if args.max_grad_norm:
             figures["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -727,7 +785,7 @@ def train(args):
             }
             summary |= {f"held-out {name.replace('_', ' ')}": f"{value:.4f}" for name, value in errors.items()}
             if accelerator.is_main_process:
-                save_result(args, vocoder, summary)
+                save_result(args, vocoder, vae, summary)
             ema.restore(parameters)
             accelerator.wait_for_everyone()
 
