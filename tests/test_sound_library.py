@@ -1,0 +1,390 @@
+import csv
+import io
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from examples.sound_library import build, captions, compose
+from training.data import read_manifest
+from training.mixing import pressure_level_db
+
+
+ROOT = Path(__file__).parents[1]
+ROWS = build.read_manifest()
+KINDS = sorted({(row["caption"], row["category"]) for row in ROWS})
+
+
+def sine(frequency_in_hz, sampling_rate, num_samples, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * frequency_in_hz * np.arange(num_samples) / sampling_rate)
+
+
+def wav(waveform, sampling_rate=16000):
+    content = io.BytesIO()
+    soundfile.write(content, waveform, sampling_rate, format="WAV", subtype="PCM_16")
+    return content.getvalue()
+
+
+def sample_catalogue(sounds):
+    """An OpenTTD sound set of `{name: content}`."""
+    offset, table, body = 8 * len(sounds), b"", b""
+    for name, content in sounds.items():
+        table += struct.pack("<II", (offset + len(body)) | 0x80000000, len(content))
+        body += bytes([len(name)]) + name.encode() + content + b"\x05more\0"
+    return table + body
+
+
+def group(files):
+    """The bytes of a C4Group of `{name: content}`, not packed."""
+    header = bytearray(build.GROUP_HEADER)
+    header[: len(build.GROUP_ID)] = build.GROUP_ID
+    struct.pack_into("<3i", header, 28, 1, 2, len(files))
+    for i in range(0, len(header) - 2, 3):
+        header[i], header[i + 2] = header[i + 2], header[i]
+    table, body = b"", b""
+    for name, content in files.items():
+        entry = struct.pack("<260s5i", name.encode(), 0, name.endswith(".ocg"), len(content), 0, len(body))
+        table += entry.ljust(build.GROUP_ENTRY, b"\0")
+        body += content
+    return bytes(byte ^ 237 for byte in header) + table + body
+
+
+def pack(content):
+    compressor = zlib.compressobj(wbits=31)
+    return b"\x1e\x8c" + (compressor.compress(content) + compressor.flush())[2:]
+
+
+# Containers
+
+
+def test_a_sound_of_an_openttd_set_is_read_by_its_number():
+    container = sample_catalogue({"first, by A": b"RIFF one", "": b"RIFF two!"})
+    assert build.read_member(container, "opensfx.cat", "00") == b"RIFF one"
+    assert build.read_member(container, "opensfx.cat", "1") == b"RIFF two!"
+    with pytest.raises(ValueError, match=r"opensfx\.cat has no 2"):
+        build.read_member(container, "opensfx.cat", "2")
+
+
+def test_a_file_in_nested_clonk_groups_is_read_by_its_path():
+    inner = group({"Loop.ogg": b"loop", "Stop.ogg": b"stop"})
+    container = pack(group({"a.txt": b"text", "Objects.ocg": group({"Plane.ocg": inner}), "Packed.ocg": pack(inner)}))
+    assert build.read_member(container, "Sound.ocg", "a.txt") == b"text"
+    assert build.read_member(container, "Sound.ocg", "Objects.ocg/Plane.ocg/Stop.ogg") == b"stop"
+    assert build.read_member(container, "Sound.ocg", "Packed.ocg/Loop.ogg") == b"loop"
+    with pytest.raises(ValueError, match=r"Sound\.ocg has no Objects\.ocg/Boat\.ocg"):
+        build.read_member(container, "Sound.ocg", "Objects.ocg/Boat.ocg/Stop.ogg")
+
+
+def test_a_file_in_a_pk3_is_read_by_its_path():
+    container = io.BytesIO()
+    with zipfile.ZipFile(container, "w") as archive:
+        archive.writestr("sound/rain.ogg", b"rain")
+    assert build.read_member(container.getvalue(), "base/0snd.pk3", "sound/rain.ogg") == b"rain"
+    with pytest.raises(ValueError, match=r"0snd\.pk3 has no sound/snow\.ogg"):
+        build.read_member(container.getvalue(), "base/0snd.pk3", "sound/snow.ogg")
+
+
+@pytest.mark.parametrize("path, member", [("a.cat", "0"), ("a.ocg", "a"), ("a.pk3", "a")])
+def test_damaged_containers_are_named(path, member):
+    packed = pack(group({"a": bytes(999)}))
+    for container in (b"", b"abc", bytes(300), packed[: len(packed) // 2], group({"a": bytes(999)})[:-1]):
+        with pytest.raises(ValueError, match=rf"{path} (is damaged|has no)"):
+            build.read_member(container, path, member)
+
+
+def test_unknown_containers_are_refused():
+    with pytest.raises(ValueError, match="known containers"):
+        build.read_member(b"", "sounds.rar", "a")
+
+
+# Building
+
+
+def test_another_version_of_a_file_is_named():
+    row = {"source_package": "openttd-opensfx", "source_file": "opensfx.cat#1", "source_md5": "0" * 32}
+    with pytest.raises(ValueError, match="opensfx.cat#1 in openttd-opensfx has the MD5 .* not 0000"):
+        build.read_source({"opensfx.cat": sample_catalogue({"a": b"a", "b": b"b"})}, row)
+    with pytest.raises(ValueError, match="openttd-opensfx has no opensfx.cat"):
+        build.read_source({}, row)
+
+
+@pytest.mark.parametrize("sampling_rate", (8000, 11025, 16000, 22050, 44100, 48000))
+def test_sounds_become_16_khz_mono_and_keep_what_is_below_the_filter(sampling_rate):
+    num_samples = sampling_rate + 7
+    kept = sine(1000, sampling_rate, num_samples, 0.3)
+    lost = sine(8200, sampling_rate, num_samples, 0.3) if sampling_rate > 16400 else 0
+    sound = build.to_library_sound(wav(np.stack([kept, kept + lost], axis=1), sampling_rate)) / 32768
+    assert len(sound) == int(num_samples * 16000 / sampling_rate + 0.5)
+    assert np.abs(sound - sine(1000, 16000, len(sound), 0.3))[500:-500].max() < 5e-5
+
+
+def test_of_long_sounds_the_first_minute_is_kept():
+    waveform = np.zeros(8000 * 63)
+    waveform[8000 * 59] = 0.5
+    sound = build.to_library_sound(wav(waveform, 8000))
+    assert len(sound) == 960000 and np.abs(sound.astype(int)).argmax() == 16000 * 59
+
+
+def test_what_is_no_sound_is_refused():
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        build.to_library_sound(b"no sound")
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A Debian package with two sounds, and its rows of the manifest: one of them is not in it."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("needs dpkg-deb")
+    root = tmp_path / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        "Package: noises\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: x\n"
+    )
+    (root / "usr" / "share").mkdir(parents=True)
+    sounds = {"a.wav": wav(sine(440, 16000, 8000)), "b.cat": sample_catalogue({"": wav(sine(880, 8000, 4000), 8000)})}
+    for name, content in sounds.items():
+        (root / "usr" / "share" / name).write_bytes(content)
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    subprocess.run(["dpkg-deb", "--build", root, folder / "noises_1_all.deb"], check=True, capture_output=True)
+    members = {"usr/share/a.wav": sounds["a.wav"], "usr/share/b.cat#0": wav(sine(880, 8000, 4000), 8000), "c.wav": b""}
+    rows = [
+        {
+            "file": f"rain-{number}.flac",
+            "caption": "rain falling",
+            "category": "rain",
+            "split": "train" if number else "heldout",
+            "source_package": "noises",
+            "source_file": name,
+            "source_md5": build.hashlib.md5(content).hexdigest(),
+        }
+        for number, (name, content) in enumerate(members.items())
+    ]
+    return folder, rows
+
+
+def test_sounds_come_out_of_a_package_and_a_missing_one_is_named(package, tmp_path):
+    folder, rows = package
+    output = tmp_path / "library"
+    output.mkdir()
+    faults = build.build(rows, output, folder)
+    assert faults == ["rain-2.flac: noises has no c.wav."]
+    waveform, sampling_rate = soundfile.read(output / "rain-0.flac")
+    assert sampling_rate == 16000 and np.allclose(waveform, sine(440, 16000, 8000), atol=1 / 32768)
+    assert soundfile.info(output / "rain-1.flac").frames == 8000
+
+    (output / "rain-1.flac").unlink()
+    before = (output / "rain-0.flac").stat().st_mtime_ns
+    build.build(rows, output, folder)  # only what is not there
+    assert (output / "rain-0.flac").stat().st_mtime_ns == before and (output / "rain-1.flac").exists()
+
+    build.write_manifests(rows, output)
+    assert [Path(clip.path).name for clip in read_manifest(output / "train.jsonl")] == ["rain-1.flac"]
+    (heldout,) = read_manifest(output / "heldout.jsonl")
+    assert Path(heldout.path).name == "rain-0.flac" and "it is raining" in heldout.captions
+
+
+def test_a_damaged_package_is_named_and_leaves_nothing(package, tmp_path):
+    folder, rows = package
+    deb = folder / "noises_1_all.deb"
+    deb.write_bytes(deb.read_bytes()[:-100])
+    output = tmp_path / "library"
+    output.mkdir()
+    (fault,) = build.build(rows, output, folder)
+    assert fault.startswith("3 sounds of noises: ") and list(output.iterdir()) == []
+
+
+# Manifest and captions
+
+
+def test_every_recording_is_credited_under_a_free_licence():
+    licences = {"CC-BY-SA-3.0", "CC-BY-SA-3.0+", "CC-BY-SA-4.0", "CC-BY-3.0", "CC0-1.0", "MIT", "public-domain"}
+    assert len(ROWS) == len({row["file"] for row in ROWS}) == 574
+    for row in ROWS:
+        assert row["author"].strip() and row["licence"] in licences and row["split"] in ("train", "heldout")
+        assert re.fullmatch("[0-9a-f]{32}", row["source_md5"]) and row["file"].endswith(
+            f"-{row['source_md5'][:10]}.flac"
+        )
+
+
+def test_the_tables_hold_the_library_and_nothing_else():
+    assert set(captions.VARIANTS) == {caption for caption, _ in KINDS}
+    assert set(captions.CATEGORIES) == {category for _, category in KINDS}
+    assert set(captions.OTHER_CATEGORIES) <= set(captions.VARIANTS)
+
+
+@pytest.mark.parametrize("several", (False, True))
+def test_captions_are_many_and_hold_the_original_most_often(several):
+    for caption, category in KINDS:
+        widened = captions.widen(caption, category, several)
+        counts = {text: widened.count(text) for text in widened}
+        phrases, _ = captions.variants(caption, category, several)
+        assert 12 <= len(counts) <= 40, caption
+        assert counts[caption] == max(counts.values()) > 1 and counts[phrases[1]] > 1, caption
+        assert widened == captions.widen(caption, category, several)
+
+
+def test_captions_are_written_as_english():
+    for caption, category in KINDS:
+        for several in (False, True):
+            for text in captions.widen(caption, category, several):
+                assert text == " ".join(text.split()) and re.fullmatch("[A-Za-z' -]+[.]?", text), text
+                assert not re.search(r"\b(\w+) \1\b", text), text
+                assert not re.search(r"\ba [aeio]|\ban [^aeiouh]", text.lower()), text
+                assert not re.search(r"\b(loud|quiet|soft|faint)(ly)?\b", text), text  # levels are not those recorded
+            phrases, clauses = captions.variants(caption, category, several)
+            assert all(text[0].islower() for text in phrases + clauses) and len(set(phrases[1:])) == len(phrases) - 1
+
+
+def test_common_ways_to_say_it_are_there():
+    assert {"heavy rain", "pouring rain", "it is raining", "rain", "the sound of rain"} <= set(
+        captions.widen("heavy rain falling", "rain")
+    )
+    assert {"dog", "a dog", "dog barking", "a dog barks"} <= set(captions.widen("a dog barking", "dog"))
+    assert "gunshots" in captions.widen("a gunshot", "gunshot", several=True)
+    assert "gunshots" not in captions.widen("a gunshot", "gunshot")
+
+
+def test_captions_of_another_library_are_refused():
+    with pytest.raises(ValueError, match="`caption` .* 'a song'"):
+        captions.widen("a song", "rain")
+    with pytest.raises(ValueError, match="`category` .* 'snow'"):
+        captions.widen("rain falling", "snow")
+
+
+# Composition
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A small library: the recordings of examples/sounds and some short synthetic ones."""
+    folder = tmp_path_factory.mktemp("library")
+    recordings = {
+        "rain": ("heavy rain falling", "rain"),
+        "thunder": ("thunder", "thunder"),
+        "birds": ("birds singing", "birds_ambience"),
+        "fire": ("a fire crackling", "fire"),
+        "cow": ("a cow mooing", "cow"),
+        "step1": ("footsteps on wood", "footsteps"),
+        "step2": ("footsteps on wood", "footsteps"),
+        "bees": ("bees buzzing", "bee"),
+        "bell": ("a bell ringing", "bell"),
+    }
+    decay = np.exp(-np.arange(4000) / 400)
+    made = {
+        "step1": decay * np.random.default_rng(0).standard_normal(4000) / 8,
+        "step2": decay * np.random.default_rng(1).standard_normal(4000) / 80,
+        "bees": sine(200, 16000, 12000) + 0.2,  # with a mean
+        "bell": np.concatenate([np.zeros(8000), np.exp(-np.arange(16000) / 2000) * sine(900, 16000, 16000)]),
+    }
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "caption", "category", "split", "tagger_agrees"])
+        for name, (caption, category) in recordings.items():
+            writer.writerow([f"{name}.flac", caption, category, "train", "yes"])
+            if name in made:
+                soundfile.write(folder / f"{name}.flac", made[name], 16000)
+            else:
+                shutil.copy(ROOT / "examples" / "sounds" / f"{name}.flac", folder)
+        writer.writerow(["missing.flac", "thunder", "thunder", "heldout", "no"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recordings(library):
+    return compose.Library(library)
+
+
+@pytest.mark.parametrize("num_samples", (8000, 16001, 40960))
+def test_clips_have_the_length_and_level_asked_for_and_do_not_click(recordings, num_samples):
+    for index in range(40):
+        waveform, record = compose.compose(recordings, index, num_samples=num_samples, proportion_mixed=0.5)
+        assert waveform.shape == (num_samples,) and waveform.dtype == np.float32
+        assert 0.499 < np.abs(waveform).max() < 0.901
+        assert np.abs(waveform[[0, -1]]).max() < 0.01
+        assert 4 <= len(record["captions"]) <= 16
+        assert not [caption for caption in record["captions"] if re.search(r"\b(\w+) \1\b", caption)]
+
+
+def test_a_clip_depends_on_seed_and_number_alone(recordings):
+    first, record = compose.compose(recordings, 7, num_samples=20000, seed=3)
+    compose.compose(recordings, 8, num_samples=20000, seed=3)
+    again, same_record = compose.compose(recordings, 7, num_samples=20000, seed=3)
+    other, _ = compose.compose(recordings, 7, num_samples=20000, seed=4)
+    assert np.array_equal(first, again) and record == same_record and not np.array_equal(first, other)
+
+
+def test_levels_are_those_of_training_mixing(recordings):
+    for waveform in (*recordings.waveforms, np.zeros(5000, np.float32), recordings.waveforms[0][:300]):
+        expected = float(pressure_level_db(torch.from_numpy(waveform.copy()), 16000))
+        assert compose.pressure_level_db(waveform) == pytest.approx(expected, abs=0.02)
+
+
+def test_short_sounds_are_repeated_and_textures_go_on(recordings):
+    steps = [compose.draw_sound(np.random.default_rng(seed), recordings, "footsteps", 40960) for seed in range(12)]
+    assert sum(several for *_, several in steps) >= 8
+    walking = next(waveform for waveform, _, several in steps if several)
+    loud = np.abs(walking[: 40960 // 320 * 320]).reshape(-1, 320).max(1) > 0.3
+    num_steps = int((np.diff(loud.astype(int)) == 1).sum())
+    assert 3 <= num_steps <= 7  # one every 0.42 to 0.68 s
+    buzz, caption, several = compose.draw_sound(np.random.default_rng(0), recordings, "bee", 40960)
+    levels = np.sqrt(np.square(buzz[1600:-1600]).reshape(-1, 1888).mean(1))
+    assert caption == "bees buzzing" and not several and levels.min() > 0.3 * levels.max()
+
+
+def test_silence_before_and_after_a_recording_and_its_mean_are_removed(recordings, library):
+    bell = recordings.waveforms[-1]
+    assert len(bell) < 16000 and np.abs(bell[:200]).max() > 0.05 and np.abs(bell).max() == pytest.approx(1)
+    assert abs(compose.read_recording(library / "bees.flac").mean()) < 1e-3
+
+
+def test_pairs_are_captioned_by_how_they_are_joined(recordings):
+    sounds = [("heavy rain falling", "rain", False), ("thunder", "thunder", True)]
+    rng = np.random.default_rng(0)
+    for relation, first, words in (
+        ("mixed", "heavy rain falling and thunder", r"and|with|while|as"),
+        ("background", "heavy rain falling with thunder in the background", r"background|distance|and|over"),
+        ("sequence", "heavy rain falling followed by thunder", r"followed by|then|after"),
+    ):
+        texts = compose.write_captions(rng, sounds, relation)
+        assert texts[0] == first and all(re.search(words, text) for text in texts)
+
+
+def test_a_frequent_category_is_drawn_more_often_than_a_rare_one(library):
+    shares = compose.Library(library).shares
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["rain"] == shares["cow"]  # both have less than 20 s here
+    rng = np.random.default_rng(0)
+    assert {compose.Library(library).draw_category(rng) for _ in range(3)} <= set(shares)
+
+
+def test_the_command_writes_a_prefix_of_what_more_clips_would_be(library, tmp_path, monkeypatch):
+    for num_clips in (3, 5):
+        arguments = [str(library), str(tmp_path / str(num_clips)), "--seconds", "1", "--num_clips", str(num_clips)]
+        monkeypatch.setattr(sys, "argv", ["compose", *arguments])
+        compose.main()
+    lines = [(tmp_path / str(n) / "data.jsonl").read_text().splitlines() for n in (3, 5)]
+    assert lines[0] == lines[1][:3] and len(lines[1]) == 5
+    for line in lines[0]:
+        location = json.loads(line)["location"]
+        assert (tmp_path / "3" / location).read_bytes() == (tmp_path / "5" / location).read_bytes()
+        assert soundfile.info(tmp_path / "3" / location).frames == 16000
+    assert len(read_manifest(tmp_path / "5" / "data.jsonl")) == 5
+    assert sorted(path.suffix for path in (tmp_path / "3").iterdir()) == [".flac"] * 3 + [".jsonl"]
+
+
+def test_a_recording_that_is_missing_or_a_split_that_does_not_exist_is_named(library):
+    with pytest.raises(FileNotFoundError, match="missing.flac"):
+        compose.Library(library, "heldout")
+    with pytest.raises(ValueError, match="`split` .* 'validation'"):
+        compose.Library(library, "validation")
