@@ -13,12 +13,13 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import __version__
+from . import TANGO_TINY, __version__
 
 
 # Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
 
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
+AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
 SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
 CONVERT_HINT = "a checkpoint in the original layout is converted by: python -m convert.convert_tango SOURCE OUTPUT"
 
@@ -117,6 +118,87 @@ def read_prompts(path):
     return requests
 
 
+def read_audio(path):
+    """Samples of shape `(channels, num_samples)` in [-1, 1], and their rate: WAV by scipy, the rest by soundfile."""
+    import numpy as np
+    from scipy.io import wavfile
+
+    try:
+        with open(path, "rb") as file:
+            is_wav = file.read(4) in (b"RIFF", b"RIFX", b"RF64")
+        if is_wav:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no sound
+                sampling_rate, samples = wavfile.read(path)
+            if samples.dtype.kind == "u":  # 8 bits are stored from 0 to 255
+                samples = samples.astype(np.float64) - 2 ** (samples.dtype.itemsize * 8 - 1)
+                samples /= 128
+            elif samples.dtype.kind == "i":
+                samples = samples / -float(np.iinfo(samples.dtype).min)
+        elif find_spec("soundfile"):
+            import soundfile
+
+            samples, sampling_rate = soundfile.read(path)
+        else:
+            raise CommandError(f'{path} is no WAV file; others need soundfile: pip install "pipeline-tango[demo]"')
+    except CommandError:
+        raise
+    except Exception as error:  # a file that is not ours: anything may be wrong with it
+        raise CommandError(f"cannot read the sound {path}: {error!s:.200}") from error
+    if not samples.size:
+        raise CommandError(f"the sound {path} is empty")
+    return samples.reshape(len(samples), -1).T.astype(np.float64), int(sampling_rate)
+
+
+def read_regions(text, name, unit):
+    """`[[2.0, 4.5], ...]` from `2.0-4.5,6-7`."""
+    regions = []
+    for part in text.split(","):
+        number = r"\d+\.?\d*"
+        if not re.fullmatch(rf"\s*{number}-{number}\s*", part):
+            raise CommandError(f"{name} must be regions in {unit} such as {'2.0-4.5,6-7'!r}, got {text!r:.100}")
+        regions.append([float(edge) for edge in part.split("-")])
+    return regions
+
+
+def check_audio_arguments(args):
+    """Read `--audio`, and the flags that go with it, into `args.audio_settings` and `args.audio_options`."""
+    args.audio_settings, args.audio_options, args.audio_seconds = {}, {}, None
+    flags = {name: getattr(args, name) for name in ("strength", "mask", "frequency_mask", "continuation")}
+    if args.audio is None:
+        for name, value in flags.items():
+            if value is not None:
+                raise CommandError(
+                    f"--{name.replace('continuation', 'continue')} needs a sound to start from: --audio"
+                )
+        return
+    if args.strength is not None and not is_number(args.strength, 1e-3, 1):
+        raise CommandError(f"strength must be a number from 0.001 to 1, got {args.strength}")
+    if args.continuation is not None and not is_number(args.continuation, 1e-3, 86400):
+        raise CommandError(f"continue must be a number of seconds from 0.001 to 86400, got {args.continuation}")
+    if args.continuation is not None and args.seconds is not None:
+        raise CommandError("give either --continue, what is added to the sound, or --seconds, the length in all")
+    mask = None if args.mask is None else read_regions(args.mask, "mask", "seconds")
+    bands = None if args.frequency_mask is None else read_regions(args.frequency_mask, "frequency_mask", "Hz")
+    if bands is not None and len(bands) > 1:
+        raise CommandError(f"frequency_mask must be one band, got {args.frequency_mask!r:.100}")
+    samples, sampling_rate = read_audio(args.audio)
+    args.audio_seconds = samples.shape[1] / sampling_rate + (args.continuation or 0)
+    args.audio_settings = {
+        "audio": args.audio,
+        "strength": args.strength,
+        "mask": mask,
+        "frequency_mask": bands and bands[0],
+    }
+    args.audio_options = {
+        "audio": [samples],
+        "audio_sampling_rate": sampling_rate,
+        "strength": args.strength,
+        "mask": mask,
+        "frequency_mask_in_hz": bands and bands[0],
+    }
+
+
 def parse_arguments(argv):
     """Arguments, all checked as far as they can be without importing torch; `requests` holds what to make."""
     parser = Parser(
@@ -128,21 +210,29 @@ def parse_arguments(argv):
     )
     parser.add_argument("prompt", nargs="?", help="what to hear, such as 'rain and thunder'")
     parser.add_argument("--version", action="version", version=f"tango {__version__}")
-    parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="diffusers folder, or Hub repo such as owner/name")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER_OR_REPO",
+        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
+    )
     parser.add_argument(
         "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
 
     sound = parser.add_argument_group("the sound")
-    sound.add_argument("--seconds", type=float, metavar="S", help="length in seconds (default: the model's own)")
-    sound.add_argument("--steps", type=int, default=100, metavar="N", help="denoising steps (default: 100)")
+    sound.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="length in seconds, of minutes too (default: the model's own, or that of --audio)",
+    )
+    sound.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the model's own, mostly 100)")
     sound.add_argument(
         "--guidance",
         type=float,
-        default=3.0,
         metavar="SCALE",
-        help="how closely to follow the prompt, 1 or less is off (default: 3)",
+        help="how closely to follow the prompt, 1 or less is off (default: the model's own, mostly 3)",
     )
     sound.add_argument("--negative_prompt", metavar="TEXT", help="what not to hear")
     sound.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="sampler (default: the model's own)")
@@ -162,6 +252,29 @@ def parse_arguments(argv):
         const="",
         metavar="PNG",
         help="also save a picture, seconds by kHz, in dB (default: beside the sound). Needs the extra `demo`",
+    )
+
+    source = parser.add_argument_group("a sound to start from")
+    source.add_argument(
+        "--audio",
+        metavar="FILE",
+        help="make a variation of this WAV file, or of any other that libsndfile reads (those need the extra `demo`)",
+    )
+    source.add_argument(
+        "--strength", type=float, metavar="S", help="how far to go from it, up to 1 (default: 0.5; where masked 1)"
+    )
+    source.add_argument(
+        "--mask", metavar="S-S", help="make only these seconds anew and keep the rest, such as 2.0-4.5 or 0-1,6-7.5"
+    )
+    source.add_argument(
+        "--frequency_mask", metavar="HZ-HZ", help="make only this band anew and keep the rest, such as 4000-8000"
+    )
+    source.add_argument(
+        "--continue",
+        dest="continuation",
+        type=float,
+        metavar="S",
+        help="keep it and go on for so many seconds (with --seconds: until so many in all)",
     )
 
     several = parser.add_argument_group("a list of sounds")
@@ -200,8 +313,8 @@ def parse_arguments(argv):
         raise CommandError('--spectrogram needs matplotlib: pip install "pipeline-tango[demo]"')
     if (args.prompt is None) == (args.prompts is None):
         raise CommandError("give either a prompt or --prompts FILE")
-    if not args.model:
-        raise CommandError("give --model: a diffusers folder, or a Hub repo such as owner/name")
+    if args.model == "":
+        raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -211,6 +324,7 @@ def parse_arguments(argv):
         raise CommandError(
             f"device must be cpu, cuda, xpu or mps, or one of several as in cuda:1, got {args.device!r}"
         )
+    check_audio_arguments(args)
     if args.prompts is not None:
         if not args.output:
             raise CommandError("--prompts makes many files: give a folder for them with -o")
@@ -227,8 +341,10 @@ def parse_arguments(argv):
     return args
 
 
-def plan_sounds(args, first_seed, model_seconds, model_scheduler):
+def plan_sounds(args, first_seed, defaults):
     """One dict a sound, prompt by prompt and take by take: its record in the manifest."""
+    steps = defaults["steps"] if args.steps is None else args.steps
+    guidance = defaults["guidance"] if args.guidance is None else args.guidance
     sounds = []
     for position, request in enumerate(args.requests):
         seed = request.get("seed", first_seed + SEEDS_PER_PROMPT * position)
@@ -240,11 +356,12 @@ def plan_sounds(args, first_seed, model_seconds, model_scheduler):
                     "negative_prompt": request.get("negative_prompt", args.negative_prompt),
                     "seed": seed + take,
                     "take": take + 1,
-                    "seconds": request.get("seconds", args.seconds or model_seconds),
-                    "steps": request.get("steps", args.steps),
-                    "guidance": request.get("guidance", args.guidance),
-                    "scheduler": model_scheduler,
-                    "model": args.model,
+                    "seconds": request.get("seconds", args.seconds or args.audio_seconds or defaults["seconds"]),
+                    "steps": request.get("steps", steps),
+                    "guidance": request.get("guidance", guidance),
+                    "scheduler": defaults["scheduler"],
+                    "model": args.model or "tango-tiny",
+                    **args.audio_settings,
                 }
             )
     return sounds
@@ -344,14 +461,19 @@ def draw_spectrogram(audio, sampling_rate, title):
 
 
 def read_model_defaults(model):
-    """Length in seconds and scheduler's class name, from the model's index alone."""
+    """Length in seconds, steps, guidance and the scheduler's class name, from the model's index alone."""
     from . import TangoPipeline
 
     if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
         raise OSError(f"{model} is not a diffusers folder: {CONVERT_HINT}")
     try:
         config = TangoPipeline.load_config(model)
-        return config["default_audio_length_in_s"], config["scheduler"][1]
+        return {
+            "seconds": config["default_audio_length_in_s"],
+            "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
+            "guidance": config.get("default_guidance_scale", 3.0),
+            "scheduler": config["scheduler"][1],
+        }
     except Exception as error:  # files and hubs that are not ours: anything may be wrong with them
         raise OSError(
             f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
@@ -392,9 +514,9 @@ def load_pipeline(args, device, dtype):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model, dtype={"default": torch.float32, "unet": dtype})
+        pipe = TangoPipeline.from_pretrained(args.model or TANGO_TINY, dtype={"default": torch.float32, "unet": dtype})
     except Exception as error:  # files that are not ours: anything may be wrong with them
-        raise RuntimeError(f"cannot load {args.model}: {error}") from error
+        raise RuntimeError(f"cannot load {args.model or TANGO_TINY}: {error}") from error
     if args.scheduler:
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     if args.cpu_offload:
@@ -423,11 +545,11 @@ def find_missing(args, sounds, paths, manifest):
     for sound in sounds:
         wav = paths[sound["file"]][0]
         record = records.get(sound["file"], {})
-        changed = [name for name in sound if record.get(name) != sound[name]]
+        changed = [name for name in {**sound, **dict.fromkeys(AUDIO_SETTINGS)} if record.get(name) != sound.get(name)]
         if record and changed and wav.exists() and not args.overwrite:
             name = changed[0]
             raise CommandError(
-                f"{wav} was made with {name} {record.get(name)!r}, not {sound[name]!r}: give another folder, or "
+                f"{wav} was made with {name} {record.get(name)!r}, not {sound.get(name)!r}: give another folder, or "
                 "--overwrite"
             )
         if changed or not all(path.exists() for path in paths[sound["file"]]):
@@ -447,8 +569,9 @@ def make_sounds(args):
     # On CPUs, processes find each other only if told so. The slowest of them is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device, dtype = choose_device_and_dtype(args, state)
-    seconds, scheduler = read_model_defaults(args.model)
-    scheduler = SCHEDULERS[args.scheduler].__name__ if args.scheduler else scheduler
+    defaults = read_model_defaults(args.model or TANGO_TINY)
+    if args.scheduler:
+        defaults["scheduler"] = SCHEDULERS[args.scheduler].__name__
 
     seed, seed_note = args.seed, ""
     if seed is None and args.prompts is not None:
@@ -456,7 +579,7 @@ def make_sounds(args):
     elif seed is None:
         (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
         seed_note = " (chosen at random)"
-    sounds = plan_sounds(args, seed, seconds, scheduler)
+    sounds = plan_sounds(args, seed, defaults)
     paths = {}  # file name in the manifest -> what to write
     for sound in sounds:
         wav = args.folder / sound["file"]
@@ -478,7 +601,8 @@ def make_sounds(args):
         share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
         there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
         say(
-            f"{args.model} on {device} in {str(dtype).removeprefix('torch.')}, {scheduler}, seed {seed}{seed_note}, "
+            f"{args.model or 'tango-tiny'} on {device} in {str(dtype).removeprefix('torch.')}, "
+            f"{defaults['scheduler']}, seed {seed}{seed_note}, "
             f"sounds to make: {len(todo)}{there}{share}"
         )
     todo = todo[state.process_index :: state.num_processes]
@@ -496,6 +620,7 @@ def make_sounds(args):
             num_inference_steps=batch[0]["steps"],
             guidance_scale=batch[0]["guidance"],
             generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
+            **args.audio_options,
         ).audios
         compute_in_s += time.perf_counter() - start
         for sound, audio in zip(batch, audios):

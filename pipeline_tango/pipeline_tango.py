@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text-to-audio with Tango (Ghosal et al. 2023, arXiv 2304.13731).
+"""Text-to-audio, audio-to-audio and inpainting with Tango (Ghosal et al. 2023, arXiv 2304.13731).
 
 This file is the whole inference path and imports no other file of its package: a model repository carries the same
 bytes as `pipeline.py`. "The original" below is the code that the released checkpoints were trained with.
@@ -24,9 +24,10 @@ import os
 import shutil
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.signal
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -38,12 +39,14 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
@@ -51,7 +54,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
-from transformers.audio_utils import mel_filter_bank
+from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
 
 
 if is_torch_xla_available():
@@ -76,6 +79,12 @@ MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
 MIN_MEL_MAGNITUDE = 1e-5
+
+TRAINING_PEAK = 0.5  # of the sounds that the VAE was trained on, after removal of their mean
+SILENT_PEAK = 1e-4  # three steps of 16-bit audio
+CROSSFADE_IN_S = 0.02
+SEAM_CONTEXT_IN_S = 0.5  # over how much kept sound the colour of the made sound beside it is matched
+MAX_MATCH_DB = 12.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,6 +132,384 @@ def log_mel_spectrogram(waveform):
     num_frames = math.ceil(waveform.shape[1] / MEL_HOP_LENGTH)
     magnitude = spectrum[..., :num_frames].abs().transpose(1, 2)  # (batch, num_frames, num_frequency_bins)
     return (magnitude @ _mel_filters().to(waveform.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
+
+
+def read_clips(audio, audio_sampling_rate):
+    """The sounds in `audio`, as given to [`TangoPipeline`], as a list of mono float32 arrays at their own rate.
+
+    Raises:
+        ValueError: naming `audio` or `audio_sampling_rate`, for anything but floating-point samples around [-1, 1] in
+            the order (samples,), (channels, samples) or (batch, channels, samples).
+    """
+    rate = audio_sampling_rate
+    if not isinstance(rate, Integral) or isinstance(rate, bool) or not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"`audio_sampling_rate` has to be the rate of `audio`, 1000 to 1000000 Hz, not {rate!r}.")
+    arrays = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+    if not arrays or not all(isinstance(each, (np.ndarray, torch.Tensor)) for each in arrays):
+        raise ValueError(f"`audio` has to be an array, a tensor, or a list of them, not {type(audio)}.")
+    if not isinstance(audio, (list, tuple)) and audio.ndim in (2, 3):
+        if audio.ndim == 2 and audio.shape[0] > audio.shape[1]:
+            raise ValueError(
+                f"`audio` of shape {tuple(audio.shape)} is in the wrong order: a batch is (batch, samples), stereo is "
+                "[(channels, samples)], so transpose it."
+            )
+        arrays = list(audio)
+    clips = []
+    for array in arrays:
+        is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"
+        if not is_float:
+            raise ValueError(
+                f"`audio` has to hold floating-point samples in [-1, 1], not {array.dtype}. Integer PCM has to be "
+                "divided by its full scale, such as 32768 for 16 bits."
+            )
+        if isinstance(array, torch.Tensor):
+            array = array.detach().cpu().float().numpy()
+        array = array.astype(np.float32)
+        if array.ndim not in (1, 2) or not array.size:
+            raise ValueError(
+                f"`audio` has to be (samples,), (batch, samples) or a list of (samples,) or (channels, samples), with "
+                f"at least one sample, but holds {array.shape}."
+            )
+        if array.ndim == 2 and array.shape[0] > array.shape[1]:
+            raise ValueError(f"`audio` holds {array.shape}, the wrong order: stereo is (channels, samples).")
+        if not np.isfinite(array).all():
+            raise ValueError("`audio` has to hold finite samples, not NaN or infinity.")
+        clip = array.mean(axis=0, dtype=np.float64).astype(np.float32) if array.ndim == 2 else array
+        if np.abs(clip).max() > 2:  # what lossy formats decode to is often a little beyond 1
+            raise ValueError(f"`audio` has to be in [-1, 1], but reaches {np.abs(clip).max():g}.")
+        if np.abs(clip - clip.mean()).max() < SILENT_PEAK:
+            raise ValueError(f"`audio` is silent: no sample is {SILENT_PEAK} from the mean.")
+        clips.append(clip)
+    return clips
+
+
+def read_masks(mask, clips, sampling_rate):
+    """For each of `clips` a boolean array of its length, `True` where `mask`, as given to [`TangoPipeline`], says to
+    make the sound anew.
+
+    Raises:
+        ValueError: naming `mask`, for regions outside a clip or over each other, and for arrays of another length.
+    """
+
+    def is_region(value):
+        return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(each, Real) for each in value)
+
+    if isinstance(mask, (np.ndarray, torch.Tensor)):
+        masks = list(mask) if mask.ndim == 2 else [mask] * len(clips)
+    elif isinstance(mask, (list, tuple)) and mask and all(is_region(each) for each in mask):
+        masks = [mask] * len(clips)
+    elif isinstance(mask, list) and mask and all(isinstance(each, (list, np.ndarray, torch.Tensor)) for each in mask):
+        masks = mask
+    else:
+        raise ValueError(
+            "`mask` has to be a list of regions (start, end) in seconds such as [(2.0, 4.5)], one such list for each "
+            f"clip, or an array of samples, not {mask!r:.200}."
+        )
+    if len(masks) != len(clips):
+        raise ValueError(f"`mask` is for {len(masks)} clips, but `audio` has {len(clips)}.")
+
+    result = []
+    for each, clip in zip(masks, clips):
+        if isinstance(each, (np.ndarray, torch.Tensor)):
+            samples = np.asarray(each.cpu() if isinstance(each, torch.Tensor) else each)
+            if samples.shape != clip.shape:
+                raise ValueError(
+                    f"`mask` as an array needs a value for each sample of `audio`, {clip.shape}, not {samples.shape}."
+                )
+            if samples.dtype.kind not in "biuf" or not np.isin(samples, (0, 1)).all():
+                raise ValueError("`mask` as an array has to hold 0 (keep) and 1 (make anew) only.")
+            result.append(samples.astype(bool))
+            continue
+        samples = np.zeros(len(clip), dtype=bool)
+        length_in_s = len(clip) / sampling_rate
+        if not all(is_region(region) for region in each):
+            raise ValueError(f"`mask` has to hold regions (start, end) in seconds, not {each!r:.200}.")
+        last_end = 0.0
+        for start, end in sorted(each):
+            if not 0 <= start < end <= length_in_s + 0.5 / sampling_rate:  # NaN fails as well
+                raise ValueError(f"`mask` region ({start}, {end}) does not lie in the {length_in_s:g} s of `audio`.")
+            if start < last_end:
+                raise ValueError(f"`mask` regions overlap: one starts at {start} s, before the end of another.")
+            last_end = end
+            samples[round(start * sampling_rate) : round(end * sampling_rate)] = True
+        result.append(samples)
+    return result
+
+
+def read_prompts(prompt):
+    """For each sound its texts over time: a list of `(seconds, text)`, of one element unless the prompt moves.
+
+    Raises:
+        ValueError: naming `prompt`.
+    """
+
+    def is_timed(value):
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and isinstance(value[0], Real)
+            and not isinstance(value[0], bool)
+            and isinstance(value[1], str)
+        )
+
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompts, list) and prompts and all(is_timed(each) for each in prompts):
+        prompts = [prompts]
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"`prompt` has to be a string or a list of at least one string, not {prompt!r}.")
+    result = []
+    for each in prompts:
+        keyframes = [(0.0, each)] if isinstance(each, str) else each
+        if not isinstance(keyframes, list) or not keyframes or not all(is_timed(pair) for pair in keyframes):
+            raise ValueError(
+                "`prompt` has to hold strings, or lists of (seconds, string) for prompts that move, not "
+                f"{each!r:.200}."
+            )
+        times = [seconds for seconds, _ in keyframes]
+        if not all(math.isfinite(time) for time in times) or times[0] < 0 or sorted(set(times)) != times:
+            raise ValueError(f"`prompt` has to move through ascending seconds from 0 on, not {times}.")
+        result.append(keyframes)
+    return result
+
+
+def texts_at(seconds, keyframes, num_copies):
+    """Which text guides each sound at a time.
+
+    Args:
+        seconds (`float`)
+        keyframes (`list[list[tuple[float, str]]]`): for each sound its texts over time.
+        num_copies (`int`): waveforms of each sound, next to each other.
+
+    Returns:
+        Three tensors of shape `(batch * num_copies,)`: row of the text, row of the next one, share of the next one.
+    """
+    rows, next_rows, shares, num_rows = [], [], [], 0
+    for each in keyframes:
+        position = float(np.interp(seconds, [time for time, _ in each], np.arange(len(each))))
+        index = int(position)
+        following = min(index + 1, len(each) - 1)
+        for copy in range(num_copies):
+            rows.append((num_rows + index) * num_copies + copy)
+            next_rows.append((num_rows + following) * num_copies + copy)
+            shares.append(position - index)
+        num_rows += len(each)
+    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(shares)
+
+
+class PlacedAudio(NamedTuple):
+    """Given sounds on the time line of the result, one row each."""
+
+    waveform: np.ndarray  # (batch, num_samples), at the pipeline's rate
+    is_made: np.ndarray | None  # (batch, num_samples), True where there is sound to make. None: everywhere
+    mean: np.ndarray  # (batch, 1)
+    gain: np.ndarray  # (batch, 1), from the sound's own level to the one that the VAE was trained on
+
+
+def place_audio(clips, masks, clip_sampling_rate, sampling_rate, num_samples, start_in_s, inpaints, strength):
+    """Resample `clips` and lay them out on the time line of the result.
+
+    Returns:
+        [`PlacedAudio`]
+
+    Raises:
+        ValueError: if nothing would be kept, or nothing made, or if what is kept is silent.
+    """
+    start = round(start_in_s * sampling_rate)
+    divisor = math.gcd(sampling_rate, clip_sampling_rate)
+    waveform = np.zeros((len(clips), num_samples), dtype=np.float32)
+    is_made = np.ones((len(clips), num_samples), dtype=bool)
+    for row, (clip, mask) in enumerate(zip(clips, masks)):
+        if sampling_rate != clip_sampling_rate:
+            clip = scipy.signal.resample_poly(clip, sampling_rate // divisor, clip_sampling_rate // divisor)
+        clip = clip[: num_samples - start]
+        waveform[row, start : start + len(clip)] = clip
+        is_made[row, start : start + len(clip)] = False
+        for first, last in find_regions(mask):
+            first, last = (round(edge * sampling_rate / clip_sampling_rate) for edge in (first, last))
+            is_made[row, start + first : min(start + last, num_samples)] = True
+
+    if inpaints and not is_made.any():
+        raise ValueError("`mask` leaves nothing to make.")
+    mean, gain = np.zeros((len(clips), 1)), np.zeros((len(clips), 1))
+    for row in range(len(clips)):
+        # the level of what stays, not of what goes
+        heard = waveform[row, ~is_made[row]] if inpaints and strength == 1 else waveform[row]
+        if not len(heard):
+            raise ValueError("`mask` leaves nothing of `audio` to keep: leave out both, and give `audio_length_in_s`.")
+        mean[row] = heard.mean(dtype=np.float64)
+        peak = np.abs(heard - mean[row]).max()
+        if peak < SILENT_PEAK:
+            raise ValueError("`audio` is silent in the part that is kept.")
+        gain[row] = TRAINING_PEAK / peak
+    return PlacedAudio(waveform, is_made if inpaints else None, mean, gain)
+
+
+def fill_by_mirror(waveform, is_made):
+    """Put the sound around each gap, played backwards, in its place, so that neither silence nor the sound that has to
+    go is heard by an encoder that looks across the gap's edges.
+
+    Args:
+        waveform (`np.ndarray` of shape `(num_samples,)`)
+        is_made (`np.ndarray` of shape `(num_samples,)`): where the gaps are. At least one sample is kept.
+    """
+
+    def mirror_from_the_left(waveform, regions):
+        waveform = waveform.copy()
+        for start, end in regions:
+            if start > 0:
+                waveform[start:end] = np.pad(waveform[:start], (0, end - start), "symmetric")[start:]
+        return waveform
+
+    num_samples = len(waveform)
+    regions = find_regions(is_made)
+    from_left = mirror_from_the_left(waveform, regions)
+    backwards = [(num_samples - end, num_samples - start) for start, end in reversed(regions)]
+    from_right = mirror_from_the_left(waveform[::-1], backwards)[::-1]
+    filled = waveform.copy()
+    for start, end in regions:
+        share = np.linspace(0, 1, end - start) * (end < num_samples) if start > 0 else np.ones(end - start)
+        filled[start:end] = (1 - share) * from_left[start:end] + share * from_right[start:end]
+    return filled
+
+
+def find_regions(is_made):
+    """`(start, end)` of each run of `True` in a 1-D array."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_made, [False]]).astype(np.int8)))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def match_level(made, kept):
+    """Decibels that bring `made` to the level of `kept`, within 12 up or down; 0 beside silence."""
+    made_level, kept_level = np.sqrt(np.mean(made**2)), np.sqrt(np.mean(kept**2))
+    if min(made_level, kept_level) < SILENT_PEAK:
+        return 0.0
+    return float(np.clip(20 * math.log10(kept_level / made_level), -MAX_MATCH_DB, MAX_MATCH_DB))
+
+
+def match_spectrum(made, kept, frequencies, sampling_rate):
+    """Decibels at each of `frequencies` that bring `made` to the spectrum of `kept`, smoothed over about three mel
+    bands, within 12 up or down; those of `match_level` where there is too little sound for a spectrum."""
+    level = match_level(made, kept)
+    if len(made) < 2 * MEL_FFT_LENGTH or min(np.abs(made).max(), np.abs(kept).max()) < SILENT_PEAK:
+        return np.full(len(frequencies), level)
+    window = {"fs": sampling_rate, "nperseg": MEL_FFT_LENGTH, "scaling": "spectrum", "detrend": False}
+    made_power, kept_power = (scipy.signal.welch(each, **window)[1] @ _mel_filters().numpy() for each in (made, kept))
+    floor = 1e-8 * max(made_power.max(), kept_power.max())
+    match = 10 * np.log10((kept_power + floor) / (made_power + floor))
+    match = np.convolve(np.pad(match, 1, "edge"), [0.25, 0.5, 0.25], "valid")
+    highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
+    centres = mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")[1:-1]
+    return np.interp(frequencies, centres, match.clip(-MAX_MATCH_DB, MAX_MATCH_DB))
+
+
+def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
+    """`audio` with `made` in its place where `is_made`.
+
+    Both are the same sound where `audio` is kept, `made` after VAE and vocoder: the spectrum of `made` is corrected by
+    their difference beside each seam, going over from one seam's to the next one's. On the kept side of a seam `made`
+    fades in over 20 ms, with weights that hold the power constant whatever the correlation of the two (Fink, Holters
+    and Zölzer, DAFx 2016). All other kept samples are those of `audio`.
+
+    Args:
+        made, audio (`np.ndarray` of shape `(num_samples,)`)
+        is_made (`np.ndarray` of shape `(num_samples,)`)
+        is_matched (`bool`, *optional*, defaults to `False`): whether `made` needs no correction.
+    """
+    regions = find_regions(is_made)
+    if not regions:
+        return audio
+    fade_length = round(CROSSFADE_IN_S * sampling_rate)
+    context_length = round(SEAM_CONTEXT_IN_S * sampling_rate)
+    edges = [0, *(edge for region in regions for edge in region), len(made)]
+    seams = []  # position, its kept side as a slice from the seam outwards, how much is kept there
+    for i, (start, end) in enumerate(regions):
+        if start > 0:
+            num_kept = start - edges[2 * i]
+            seams.append((start, lambda length, at=start: np.arange(at - 1, at - 1 - length, -1), num_kept))
+        if end < len(made):
+            num_kept = edges[2 * i + 3] - end
+            seams.append((end, lambda length, at=end: np.arange(at, at + length), num_kept))
+    if not is_matched:
+        frequencies, times, spectrum = scipy.signal.stft(made, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))
+        matches = []
+        for _, outwards, num_kept in seams:
+            context = outwards(min(num_kept, context_length))
+            matches.append(match_spectrum(made[context], audio[context], frequencies, sampling_rate))
+        positions = [position / sampling_rate for position, _, _ in seams]
+        matches_db = np.stack([np.interp(times, positions, each) for each in np.stack(matches, axis=1)])
+        spectrum = spectrum * 10 ** (matches_db / 20)  # (frequencies, times)
+        made = scipy.signal.istft(spectrum, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))[1][: len(made)]
+
+    joined = np.where(is_made, made, audio)
+    for _, outwards, num_kept in seams:
+        fade = outwards(min(num_kept // 2, fade_length))
+        if not len(fade):
+            continue
+        kept_part, made_part = audio[fade], made[fade]
+        energy = math.sqrt((kept_part**2).sum() * (made_part**2).sum())
+        correlation = max(float(kept_part @ made_part) / energy, 0.0) if energy > 0 else 1.0
+        share = 1 - (np.arange(len(fade)) + 0.5) / len(fade)  # of the made sound, falling outwards
+        power = (1 - share) ** 2 + share**2 + 2 * share * (1 - share) * correlation
+        joined[fade] = ((1 - share) * kept_part + share * made_part) / np.sqrt(power)
+    return joined
+
+
+def split_band(waveform, band_in_hz, sampling_rate):
+    """The part of `waveform`, of shape `(num_samples,)`, within `band_in_hz`, without delay. Outside the band it is 80
+    dB down, inside whole from 100 Hz on."""
+    low, high = band_in_hz
+    nyquist = sampling_rate / 2
+    num_taps, beta = scipy.signal.kaiserord(80, 100 / nyquist)
+    cutoffs = [edge for edge, is_inside in ((low + 50, low > 0), (high - 50, high < nyquist)) if is_inside]
+    taps = scipy.signal.firwin(num_taps | 1, cutoffs, window=("kaiser", beta), pass_zero=low <= 0, fs=sampling_rate)
+    return scipy.signal.fftconvolve(waveform, taps, mode="same") if len(waveform) >= len(taps) else waveform
+
+
+def window_starts(num_frames, num_frames_in_window):
+    """First frames of evenly spread windows over `num_frames`, each overlapping the next by a quarter or more."""
+    if num_frames <= num_frames_in_window:
+        return [0]
+    stride = num_frames_in_window * 3 // 4
+    num_windows = math.ceil((num_frames - num_frames_in_window) / stride) + 1
+    return [round(i * (num_frames - num_frames_in_window) / (num_windows - 1)) for i in range(num_windows)]
+
+
+def window_weights(num_frames, device):
+    """Hann weights, positive everywhere, for blending overlapping windows along the frames."""
+    weights = torch.hann_window(num_frames + 2, periodic=False, device=device)[1:-1]  # (num_frames,)
+    return weights[:, None]  # (num_frames, 1)
+
+
+def blend_windows(function, inputs, num_frames_in_window, num_windows_at_once=1, factor_in=1, factor_out=1):
+    """Apply `function` to overlapping windows along the frames, and average its outputs where they overlap.
+
+    For a UNet this is equation (5) of MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113), with weights that fade
+    towards a window's ends, so that there is no seam.
+
+    Args:
+        function (`Callable`): called with `num_windows * batch` rows, window by window, and the windows' first frames.
+        inputs (`torch.Tensor` of shape `(batch, channels, num_frames * factor_in, bins)`)
+        num_frames_in_window (`int`): more frames than this are split into windows.
+        num_windows_at_once (`int`, *optional*, defaults to 1): what bounds the memory.
+        factor_in, factor_out (`int`, *optional*, default to 1): input and output frames for each counted frame.
+    """
+    starts = window_starts(inputs.shape[2] // factor_in, num_frames_in_window)
+    if len(starts) == 1:
+        return function(inputs, starts)
+    total, total_weights = None, None
+    for i in range(0, len(starts), num_windows_at_once):
+        group = starts[i : i + num_windows_at_once]
+        windows = [inputs[:, :, s * factor_in : (s + num_frames_in_window) * factor_in] for s in group]
+        for start, output in zip(group, function(torch.cat(windows), group).chunk(len(group))):
+            if total is None:
+                num_frames = inputs.shape[2] // factor_in * factor_out
+                total = output.new_zeros((*output.shape[:2], num_frames, output.shape[3]))
+                total_weights = output.new_zeros((num_frames, 1))
+                weights = window_weights(output.shape[2], output.device)
+            frames = slice(start * factor_out, start * factor_out + output.shape[2])
+            total[:, :, frames] += output * weights
+            total_weights[frames] += weights
+    return total / total_weights
 
 
 class TangoLoraLoaderMixin(LoraBaseMixin):
@@ -287,6 +674,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         vocoder ([`~transformers.SpeechT5HifiGan`]): its rates and sampling rate fix the hop length.
         default_audio_length_in_s (`float`, *optional*, defaults to 10.24): length of what is generated when
             `audio_length_in_s` is not given; what the checkpoint was trained on.
+        default_num_inference_steps (`int`, *optional*, defaults to 100): the same for `num_inference_steps`.
+        default_guidance_scale (`float`, *optional*, defaults to 3.0): the same for `guidance_scale`.
+        mel_noise (`float`, *optional*, defaults to 0.0): standard deviation of the noise, in log-mel units, that a
+            vocoder was trained to take chance from (`training.train_vocoder`). It is added to what the VAE decodes.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -302,12 +693,20 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         scheduler: KarrasDiffusionSchedulers,
         vocoder: SpeechT5HifiGan,
         default_audio_length_in_s: float = 10.24,
+        default_num_inference_steps: int = 100,
+        default_guidance_scale: float = 3.0,
+        mel_noise: float = 0.0,
     ):
         super().__init__()
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, vocoder=vocoder
         )
-        self.register_to_config(default_audio_length_in_s=default_audio_length_in_s)
+        self.register_to_config(
+            default_audio_length_in_s=default_audio_length_in_s,
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            mel_noise=mel_noise,
+        )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
@@ -456,6 +855,90 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         num_latent_bins = self.vocoder.config.model_in_dim // self.vae_scale_factor
         return self.unet.config.in_channels, num_latent_frames, num_latent_bins
 
+    def _encode_audio(self, placed, num_latent_frames, num_frames_in_window, num_copies, device, generator):
+        """Scaled latents of `placed`, drawn from the VAE's posterior, each clip `num_copies` times: shape
+        `(batch * num_copies, channels, num_latent_frames, latent mel bins)`."""
+        num_mel_frames = num_latent_frames * self.vae_scale_factor
+        is_unknown = np.zeros_like(placed.waveform, dtype=bool) if placed.is_made is None else placed.is_made
+        missing = num_mel_frames * self.hop_length - placed.waveform.shape[1]
+        mels = []
+        for waveform, gaps, mean, gain in zip(placed.waveform, is_unknown, placed.mean, placed.gain):
+            waveform = np.pad((waveform - mean) * gain, (0, missing))
+            gaps = np.pad(gaps, (0, missing), constant_values=True)
+            mels.append(self._mel_in_chunks(fill_by_mirror(waveform, gaps).astype(np.float32), device))
+        mel_spectrogram = torch.stack(mels)[:, None].repeat_interleave(num_copies, dim=0)  # (batch, 1, frames, bins)
+
+        def encode(windows, starts):
+            return self.vae.encode(windows.to(self.vae.dtype)).latent_dist.parameters.float()
+
+        parameters = blend_windows(encode, mel_spectrogram, num_frames_in_window, factor_in=self.vae_scale_factor)
+        return DiagonalGaussianDistribution(parameters).sample(generator) * self.vae.config.scaling_factor
+
+    def _mel_in_chunks(self, waveform, device, num_frames=4096):
+        """`log_mel_spectrogram` of a 1-D array, a bounded stretch at a time: the spectrum of minutes is large."""
+        context = math.ceil(MEL_FFT_LENGTH / 2 / MEL_HOP_LENGTH)  # frames that see beyond a stretch
+        num_all_frames = len(waveform) // MEL_HOP_LENGTH
+        mels = []
+        for start in range(0, num_all_frames, num_frames):
+            end = min(start + num_frames, num_all_frames)
+            if num_all_frames - end <= context:
+                end = num_all_frames
+            first, last = max(start - context, 0), min(end + context, num_all_frames)
+            part = torch.from_numpy(waveform[first * MEL_HOP_LENGTH : last * MEL_HOP_LENGTH]).to(device)
+            mels.append(log_mel_spectrogram(part[None])[0, start - first : end - first])
+            if end == num_all_frames:
+                break
+        return torch.cat(mels)  # (num_frames, num_mel_bins)
+
+    def _latent_mask(self, is_made, num_latent_frames, frequency_mask_in_hz, device):
+        """1 where latents are to be made, 0 where they are the audio's: `(batch, 1, frames, bins)`.
+
+        A latent is made if any sample or frequency that it was computed from is."""
+        if is_made is None:
+            in_time = torch.ones(1, num_latent_frames, device=device)
+        else:
+            num_samples = self.hop_length * self.vae_scale_factor
+            missing = num_latent_frames * num_samples - is_made.shape[1]
+            samples = torch.from_numpy(np.pad(is_made, ((0, 0), (0, missing)), "edge")).to(device, torch.float32)
+            margin = MEL_FFT_LENGTH // 2
+            in_time = F.max_pool1d(samples, num_samples + 2 * margin, num_samples, margin)  # (batch, frames)
+        num_bins = self._latent_shape(num_latent_frames)[2]
+        in_frequency = torch.ones(num_bins, device=device)
+        if frequency_mask_in_hz is not None:
+            low, high = frequency_mask_in_hz
+            highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
+            edges = mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")  # bin k: k to k + 2
+            for row in range(num_bins):
+                row_low, row_high = edges[row * self.vae_scale_factor], edges[(row + 1) * self.vae_scale_factor + 1]
+                in_frequency[row] = float(row_low < high and row_high > low)
+        return in_time[:, None, :, None] * in_frequency  # (batch, 1, frames, bins)
+
+    def _join_with_audio(self, made, placed, num_copies, frequency_mask_in_hz):
+        """Sound of the level that the VAE was trained on, back at the level of the audio and, where there is something
+        to keep of that, joined with it."""
+        sampling_rate = self.vocoder.config.sampling_rate
+        joined = []
+        for i, waveform in enumerate(made.double().cpu().numpy()):
+            row = i // num_copies
+            audio = placed.waveform[row]
+            waveform = waveform / placed.gain[row] + placed.mean[row]
+            is_made = placed.is_made[row] if placed.is_made is not None else None
+            if frequency_mask_in_hz is not None:
+                low, high = frequency_mask_in_hz
+                beside = (low / 2, low) if low > 0 else (high, min(2 * high, sampling_rate / 2))
+                beside = (0, 200) if beside[1] - beside[0] < 200 else beside
+                level_db = match_level(*(split_band(each, beside, sampling_rate) for each in (waveform, audio)))
+                waveform = audio + split_band(
+                    waveform * 10 ** (level_db / 20) - audio, frequency_mask_in_hz, sampling_rate
+                )
+            if is_made is not None:
+                is_matched = frequency_mask_in_hz is not None
+                waveform = join_at_seams(waveform, audio, is_made, sampling_rate, is_matched)
+            elif frequency_mask_in_hz is None:
+                waveform = waveform / max(np.abs(waveform).max(), 1.0)  # loud input would be clipped
+            joined.append(np.clip(waveform, -1.0, 1.0))
+        return torch.from_numpy(np.stack(joined)).to(made.device, torch.float32)
+
     def mel_spectrogram_to_waveform(self, mel_spectrogram):
         """Vocode a log-mel spectrogram.
 
@@ -491,6 +974,16 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         output_type="np",
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=None,
+        audio=None,
+        audio_sampling_rate=None,
+        strength=None,
+        mask=None,
+        frequency_mask_in_hz=None,
+        audio_start_in_s=0.0,
+        window_length_in_s=None,
+        window_batch_size=1,
+        window_order="joint",
+        stream=False,
     ):
         """Raise a `ValueError` that names the argument for everything that can be known to be wrong before a model
         runs. Arguments as in `__call__`."""
@@ -519,6 +1012,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         for name, value, minimum in (
             ("num_inference_steps", num_inference_steps, 1),
             ("num_waveforms_per_prompt", num_waveforms_per_prompt, 1),
+            ("window_batch_size", window_batch_size, 1),
         ):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"`{name}` has to be an integer of at least {minimum}, not {value!r}.")
@@ -527,6 +1021,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             ("guidance_scale", guidance_scale),
             ("guidance_rescale", guidance_rescale),
             ("eta", 0.0 if eta is None else eta),
+            ("strength", 1.0 if strength is None else strength),
+            ("audio_start_in_s", audio_start_in_s),
+            ("window_length_in_s", 1.0 if window_length_in_s is None else window_length_in_s),
         ):
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"`{name}` has to be a finite number, not {value!r}.")
@@ -540,6 +1037,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             raise ValueError(f"`guidance_rescale` has to be between 0 and 1, not {guidance_rescale}.")
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"`eta` has to be between 0 and 1, not {eta}.")
+        if window_length_in_s is not None and not 0 < window_length_in_s < 1e9:
+            raise ValueError(f"`window_length_in_s` has to be positive, not {window_length_in_s}.")
 
         # schedule
         if timesteps is not None and sigmas is not None:
@@ -574,12 +1073,13 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             raise ValueError("One of `prompt` and `prompt_embeds` has to be given.")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            texts = [value] if isinstance(value, str) else value
-            if value is not None and (
-                not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts)
-            ):
-                raise ValueError(f"`{name}` has to be a string or a list of at least one string, not {value!r}.")
+        prompts = None if prompt is None else read_prompts(prompt)
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            texts = negative_prompt
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"`negative_prompt` has to be a string or a list of at least one string, not {texts!r}."
+                )
         if prompt_embeds is not None and negative_prompt_embeds is not None:
             if getattr(prompt_embeds, "shape", None) != getattr(negative_prompt_embeds, "shape", None):
                 raise ValueError(
@@ -587,13 +1087,13 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                     f"{getattr(prompt_embeds, 'shape', None)} and {getattr(negative_prompt_embeds, 'shape', None)}."
                 )
         width = self.unet.config.cross_attention_dim
-        for prefix, embeds, mask in (
+        for prefix, embeds, text_mask in (
             ("", prompt_embeds, attention_mask),
             ("negative_", negative_prompt_embeds, negative_attention_mask),
         ):
             embeds_name, mask_name = f"{prefix}prompt_embeds", f"{prefix}attention_mask"
             if embeds is None:
-                if mask is not None:
+                if text_mask is not None:
                     raise ValueError(f"`{mask_name}` belongs to `{embeds_name}` and cannot be given without it.")
                 continue
             if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or embeds.shape[-1] != width:
@@ -601,18 +1101,25 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 raise ValueError(f"`{embeds_name}` has to be a tensor (batch, tokens, {width}), not {described}.")
             if not embeds.is_floating_point() or not embeds.numel() or not torch.isfinite(embeds).all():
                 raise ValueError(f"`{embeds_name}` has to hold finite floating-point numbers.")
-            if mask is None:
+            if text_mask is None:
                 raise ValueError(
                     f"`{embeds_name}` needs its `{mask_name}`: without it padding would be read as text. "
                     "`encode_prompt` returns both; for embeddings without padding pass a mask of ones."
                 )
-            if not isinstance(mask, torch.Tensor) or mask.shape != embeds.shape[:2]:
-                described = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask)
+            if not isinstance(text_mask, torch.Tensor) or text_mask.shape != embeds.shape[:2]:
+                described = tuple(text_mask.shape) if isinstance(text_mask, torch.Tensor) else type(text_mask)
                 raise ValueError(f"`{mask_name}` has to be a tensor {tuple(embeds.shape[:2])}, not {described}.")
-            if not ((mask == 0) | (mask == 1)).all() or not (mask == 1).any(dim=1).all():
+            if not ((text_mask == 0) | (text_mask == 1)).all() or not (text_mask == 1).any(dim=1).all():
                 raise ValueError(f"`{mask_name}` has to be 0 or 1, with a 1 in every row.")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else prompt_embeds.shape[0]
+        for keyframes in prompts or []:
+            if len(keyframes) > 1 and keyframes[-1][0] > audio_length_in_s:
+                raise ValueError(f"`prompt` moves until {keyframes[-1][0]} s in a sound of {audio_length_in_s} s.")
+            if len(keyframes) > 1 and self._num_windows(audio_length_in_s, window_length_in_s) == 1:
+                raise ValueError(
+                    "`prompt` cannot move within one window, which reads one text: give a longer `audio_length_in_s` "
+                    "or a shorter `window_length_in_s`."
+                )
         for name, value in (("negative_prompt", negative_prompt), ("negative_prompt_embeds", negative_prompt_embeds)):
             if value is not None and not isinstance(value, str) and len(value) != batch_size:
                 raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts.")
@@ -649,6 +1156,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         # the rest
         if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
             raise ValueError(f"`cross_attention_kwargs` has to be a dict, not {type(cross_attention_kwargs)}.")
+        if window_order not in ("joint", "sequential"):
+            raise ValueError(f"`window_order` has to be 'joint' or 'sequential', not {window_order!r}.")
+        if not isinstance(stream, bool):
+            raise ValueError(f"`stream` has to be True or False, not {stream!r}.")
+        if stream and output_type == "latent":
+            raise ValueError("`stream` yields sound: `output_type` has to be 'np' or 'pt'.")
         if not isinstance(output_type, str) or output_type not in ("np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'np', 'pt' or 'latent', not {output_type!r}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -662,6 +1175,114 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 f"`callback_on_step_end_tensor_inputs` has to be a list of some of "
                 f"{self._callback_tensor_inputs}, not {names!r}."
             )
+        self._check_audio_inputs(
+            batch_size,
+            audio_length_in_s,
+            num_inference_steps,
+            audio,
+            audio_sampling_rate,
+            strength,
+            mask,
+            frequency_mask_in_hz,
+            audio_start_in_s,
+            stream,
+        )
+
+    def _check_audio_inputs(
+        self,
+        batch_size,
+        audio_length_in_s,
+        num_inference_steps,
+        audio,
+        audio_sampling_rate,
+        strength,
+        mask,
+        frequency_mask_in_hz,
+        audio_start_in_s,
+        stream,
+    ):
+        if audio is None:
+            for name, value in (
+                ("audio_sampling_rate", audio_sampling_rate),
+                ("strength", strength),
+                ("mask", mask),
+                ("frequency_mask_in_hz", frequency_mask_in_hz),
+                ("audio_start_in_s", audio_start_in_s or None),
+            ):
+                if value is not None:
+                    raise ValueError(f"`{name}` belongs to `audio` and cannot be given without it.")
+            return
+        clips = read_clips(audio, audio_sampling_rate)
+        if len(clips) not in (1, batch_size):
+            raise ValueError(f"`audio` has {len(clips)} clips for {batch_size} prompts: give one, or one for each.")
+        if mask is not None:
+            read_masks(mask, clips, audio_sampling_rate)
+        if stream:
+            raise ValueError("`stream` cannot be used with `audio`: the seams need the sound on both of their sides.")
+        front_end = (self.vocoder.config.sampling_rate, self.hop_length, self.vocoder.config.model_in_dim)
+        if front_end != (MEL_SAMPLING_RATE, MEL_HOP_LENGTH, NUM_MEL_BINS):
+            raise ValueError(
+                f"`audio` is read at {MEL_SAMPLING_RATE} Hz into {NUM_MEL_BINS} mel bins, a frame every "
+                f"{MEL_HOP_LENGTH} samples, but `vocoder` has {front_end[0]} Hz, {front_end[2]} bins, {front_end[1]}."
+            )
+        if not 0 <= audio_start_in_s < audio_length_in_s:
+            raise ValueError(
+                f"`audio_start_in_s` has to lie in the {audio_length_in_s:g} s of the result, not {audio_start_in_s}."
+            )
+        if frequency_mask_in_hz is not None:
+            band = frequency_mask_in_hz
+            if (
+                not isinstance(band, (list, tuple))
+                or len(band) != 2
+                or not all(isinstance(edge, Real) and not isinstance(edge, bool) for edge in band)
+                or not 0 <= band[0] < band[1] <= MEL_SAMPLING_RATE / 2
+                or band[1] - band[0] < 200
+                or (band[0] == 0 and band[1] == MEL_SAMPLING_RATE / 2)
+            ):
+                raise ValueError(
+                    "`frequency_mask_in_hz` has to be the band (low, high) to make anew, at least 200 Hz wide and "
+                    f"less than all of 0 to {MEL_SAMPLING_RATE // 2} Hz, not {band!r}."
+                )
+
+        lengths_in_s = [len(clip) / audio_sampling_rate for clip in clips]
+        inpaints = self._inpaints(clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask)
+        inpaints = inpaints or frequency_mask_in_hz is not None
+        half_sample = 0.5 / self.vocoder.config.sampling_rate
+        goes_beyond = audio_start_in_s > half_sample or (
+            audio_start_in_s + min(lengths_in_s) < audio_length_in_s - half_sample
+        )
+        if frequency_mask_in_hz is not None and goes_beyond:
+            raise ValueError(
+                "`frequency_mask_in_hz` needs a band to keep, but `audio` does not fill the whole result."
+            )
+        if strength is None:
+            return
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` has to be above 0 and up to 1, not {strength}.")
+        if strength == 1:
+            return
+        if inpaints and goes_beyond:
+            raise ValueError("`strength` has to be 1 where there is no `audio` to start from: before and after it.")
+        if int(num_inference_steps * strength) == 0:
+            raise ValueError(f"`strength` {strength} leaves none of the {num_inference_steps} steps.")
+        if isinstance(self.scheduler, LMSDiscreteScheduler):
+            # its `step` takes coefficients for outputs that it has not seen (diffusers 0.42)
+            raise ValueError("`strength` has to be 1 with LMSDiscreteScheduler, which cannot start midway.")
+        if isinstance(self.scheduler, PNDMScheduler) and not self.scheduler.config.skip_prk_steps:
+            raise ValueError(
+                "`strength` has to be 1 for PNDM with its Runge-Kutta warm-up, which cannot start midway. Set the "
+                "scheduler's `skip_prk_steps`."
+            )
+
+    def _inpaints(self, clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask):
+        """Whether some of the result is `audio` and some is made, in time."""
+        ends_in_s = audio_start_in_s + max(map(len, clips)) / audio_sampling_rate
+        half_sample = 0.5 / self.vocoder.config.sampling_rate
+        return mask is not None or audio_start_in_s > half_sample or ends_in_s < audio_length_in_s - half_sample
+
+    def _num_windows(self, audio_length_in_s, window_length_in_s):
+        num_frames_in_window = self._num_latent_frames(window_length_in_s or self.config.default_audio_length_in_s)
+        return len(window_starts(self._num_latent_frames(audio_length_in_s), num_frames_in_window))
 
     def _num_latent_frames(self, audio_length_in_s):
         """Latent frames that hold `audio_length_in_s`, rounded up to what the UNet can halve and double again."""
@@ -672,10 +1293,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | list[tuple[float, str]] | list[list[tuple[float, str]]] | None = None,
         audio_length_in_s: float | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
         num_waveforms_per_prompt: int = 1,
@@ -693,20 +1314,40 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        audio: np.ndarray | torch.Tensor | list[np.ndarray] | list[torch.Tensor] | None = None,
+        audio_sampling_rate: int | None = None,
+        strength: float | None = None,
+        mask: list | np.ndarray | torch.Tensor | None = None,
+        frequency_mask_in_hz: tuple[float, float] | None = None,
+        audio_start_in_s: float = 0.0,
+        window_length_in_s: float | None = None,
+        window_batch_size: int = 1,
+        window_order: str = "joint",
+        stream: bool = False,
     ):
-        """Generate sound from text.
+        """Generate sound from text, or from text and sound.
+
+        With `audio` alone the result is a variation of it, as near as `strength` says. With a `mask`, or with
+        `audio_length_in_s` beyond the audio's end, only that part is made; the rest is the audio, sample for sample.
+        With `frequency_mask_in_hz` only that band is made.
+
+        Sound longer than a window, the length that the checkpoint was trained on, is made of overlapping windows.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*):
-                What to hear. Either this or `prompt_embeds` has to be given.
+            prompt (`str`, `list[str]`, `list[tuple[float, str]]` or a list of such lists, *optional*):
+                What to hear. Either this or `prompt_embeds` has to be given. `[(0, "rain"), (60, "thunder")]`
+                moves: each window is guided by a mixture of the predictions for the texts before and after its middle.
             audio_length_in_s (`float`, *optional*):
-                Length of the sound in seconds, any positive number. Defaults to the length of `latents` if those are
-                given, else to the checkpoint's own (`pipe.config.default_audio_length_in_s`).
-            num_inference_steps (`int`, *optional*, defaults to 100):
-                Number of denoising steps. More are slower and usually better.
-            guidance_scale (`float`, *optional*, defaults to 3.0):
+                Length of the sound in seconds, any positive number. Defaults to the length of `latents` or to the end
+                of the longest `audio` if those are given, else to the checkpoint's own
+                (`pipe.config.default_audio_length_in_s`).
+            num_inference_steps (`int`, *optional*):
+                Number of denoising steps. More are slower and usually better. Defaults to the checkpoint's own
+                (`pipe.config.default_num_inference_steps`), 100 for Tango.
+            guidance_scale (`float`, *optional*):
                 Weight of classifier-free guidance (https://huggingface.co/papers/2207.12598). 1 or less turns it off,
-                which halves the work.
+                which halves the work. Defaults to the checkpoint's own (`pipe.config.default_guidance_scale`), 3 for
+                Tango.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
                 From 0 to 1: how far to pull the guided prediction back to the spread of the unguided one (equation 16
                 of https://huggingface.co/papers/2305.08891), against over-exposure at high guidance.
@@ -747,11 +1388,43 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 Which of `latents`, `prompt_embeds` and `attention_mask` the callback gets. The text ones hold the
                 negative rows first, then the positive ones.
+            audio (`np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Floating-point sound in [-1, 1] to start from, of shape `(samples,)`, `(batch, samples)` or `(batch,
+                channels, samples)`, or a list of `(samples,)` or `(channels, samples)` of any lengths. One for all
+                prompts or one for each. Channels are averaged, the rate becomes the pipeline's. The level is the
+                audio's again in the result.
+            audio_sampling_rate (`int`, *optional*):
+                Rate of `audio`, which needs it.
+            strength (`float`, *optional*):
+                From above 0 to 1: which share of the steps is taken, and so how far what is made may go from the
+                audio. At 1 nothing of it is left. Defaults to 1 where a mask says what to keep, else to 0.5.
+            mask (`list`, `np.ndarray` or `torch.Tensor`, *optional*):
+                Which part of `audio` to make anew: regions `[(start, end), ...]` in seconds of the audio, for all
+                clips; a list of such lists, one for each clip; or an array, of 1 where to make and 0 where to keep,
+                for each sample of `audio`. What is kept is the audio sample for sample, but for 20 ms beside the mask
+                where the two are cross-faded.
+            frequency_mask_in_hz (`tuple[float, float]`, *optional*):
+                Which band of `audio` to make anew, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
+            audio_start_in_s (`float`, *optional*, defaults to 0.0):
+                Where in the result `audio` begins. What comes before is made.
+            window_length_in_s (`float`, *optional*):
+                Longest sound that is denoised and decoded in one piece. Defaults to what the checkpoint was trained
+                on. Memory follows this, not the length of the sound.
+            window_batch_size (`int`, *optional*, defaults to 1):
+                Number of windows that the UNet gets at once. More are faster on a GPU and take more memory.
+            window_order (`str`, *optional*, defaults to `"joint"`):
+                `"joint"` takes each step in all windows, averaged where they overlap; `"sequential"` finishes one
+                window after the other, each going on from the last quarter or more of the one before.
+            stream (`bool`, *optional*, defaults to `False`):
+                Whether to return an iterator of stretches of sound, `(batch, some samples)` each, which joined are
+                the whole. With `window_order="sequential"` each comes as soon as its window is done. A call that is
+                streaming has to be exhausted before the next.
 
         Returns:
             [`~pipelines.AudioPipelineOutput`] or `tuple`: `audios` of shape `(batch, num_samples)`, float32 in
             [-1, 1], exactly `round(audio_length_in_s * sampling_rate)` samples (the original returns 32 more, as
-            int16 that wraps round at full scale); for `"latent"`, latents of the shape described above.
+            int16 that wraps round at full scale); for `"latent"`, latents of the shape described above. With `stream`
+            an iterator of such arrays or tensors.
 
         Raises:
             ValueError: for a wrong argument, before any model runs.
@@ -769,12 +1442,19 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
-        # 1. Length and inputs
+        # 1. Defaults, length and inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        clips = None if audio is None else read_clips(audio, audio_sampling_rate)
         if audio_length_in_s is None:
             audio_length_in_s = self.config.default_audio_length_in_s
             if isinstance(latents, torch.Tensor) and latents.ndim == 4 and self.vocoder is not None:
                 num_frames = latents.shape[2] * self.vae_scale_factor
                 audio_length_in_s = num_frames * self.hop_length / self.vocoder.config.sampling_rate
+            elif clips is not None and isinstance(audio_start_in_s, Real):
+                audio_length_in_s = audio_start_in_s + max(map(len, clips)) / audio_sampling_rate
         self.check_inputs(
             prompt,
             audio_length_in_s,
@@ -796,9 +1476,25 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             output_type,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            audio,
+            audio_sampling_rate,
+            strength,
+            mask,
+            frequency_mask_in_hz,
+            audio_start_in_s,
+            window_length_in_s,
+            window_batch_size,
+            window_order,
+            stream,
         )
-        num_samples = round(audio_length_in_s * self.vocoder.config.sampling_rate)
+        sampling_rate = self.vocoder.config.sampling_rate
+        num_samples = round(audio_length_in_s * sampling_rate)
         num_latent_frames = self._num_latent_frames(audio_length_in_s)
+        num_frames_in_window = self._num_latent_frames(window_length_in_s or self.config.default_audio_length_in_s)
+        starts = window_starts(num_latent_frames, num_frames_in_window)
+        spans = [(0, num_latent_frames)]  # what is denoised at a time, in latent frames
+        if window_order == "sequential" and len(starts) > 1:
+            spans = [(start, start + num_frames_in_window) for start in starts]
 
         # 2. Call state
         self._guidance_scale = guidance_scale
@@ -806,28 +1502,38 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
 
-        # 3. Timesteps, before any model runs since the scheduler has conditions of its own
-        timesteps_device = "cpu" if is_torch_xla_available() else device
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=timesteps_device)
-        elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=timesteps_device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=timesteps_device)
-        order = self.scheduler.order
-        if timesteps is not None or sigmas is not None:
-            num_inference_steps = math.ceil(len(self.scheduler.timesteps) / order)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        if timesteps.max() > self.scheduler.config.num_train_timesteps - 1:
-            # for example 1000 steps with "leading" spacing and an offset of 1, where the original fails midway
-            raise ValueError(
-                f"`num_inference_steps` of {num_inference_steps} makes {type(self.scheduler).__name__} start at "
-                f"timestep {float(timesteps.max()):g}, beyond the last one of training, "
-                f"{self.scheduler.config.num_train_timesteps - 1}. Use fewer steps."
-            )
+        # 3. Audio on the time line of the result
+        placed = None
+        if clips is not None:
+            inpaints = self._inpaints(clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask)
+            if strength is None:
+                strength = 1.0 if inpaints or frequency_mask_in_hz is not None else 0.5
+            if inpaints or frequency_mask_in_hz is not None or strength < 1:
+                masks = [np.zeros(len(clip), bool) for clip in clips]
+                if mask is not None:
+                    masks = read_masks(mask, clips, audio_sampling_rate)
+                placed = place_audio(
+                    clips, masks, audio_sampling_rate, sampling_rate, num_samples, audio_start_in_s, inpaints, strength
+                )
 
-        # 4. Encode text
+        # 4. Timesteps, before any model runs since the scheduler has conditions of its own
+        set_timesteps = functools.partial(
+            self._set_timesteps,
+            num_inference_steps,
+            timesteps,
+            sigmas,
+            strength=1.0 if strength is None else strength,
+            adds_noise=placed is not None or len(spans) > 1,
+            device=device,
+        )
+        self._num_timesteps = len(set_timesteps()[0])
+
+        # 5. Encode text
+        keyframes = [[(0.0, None)]] * len(prompt_embeds) if prompt is None else read_prompts(prompt)
+        if prompt is not None:
+            prompt = [text for each in keyframes for _, text in each]
+        if isinstance(negative_prompt, list):
+            negative_prompt = [text for text, each in zip(negative_prompt, keyframes) for _ in each]
         prompt_embeds, attention_mask, negative_prompt_embeds, negative_attention_mask = self.encode_prompt(
             prompt,
             device,
@@ -839,90 +1545,59 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             attention_mask=attention_mask,
             negative_attention_mask=negative_attention_mask,
         )
-        num_waveforms = prompt_embeds.shape[0]
         if self.do_classifier_free_guidance:
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 * batch, tokens, hidden)
-            attention_mask = torch.cat([negative_attention_mask, attention_mask])  # (2 * batch, tokens)
-        timestep_cond = None
-        if self.unet.config.time_cond_proj_dim is not None:
-            # a guidance-distilled UNet reads w - 1 (https://huggingface.co/papers/2310.04378)
-            weights = torch.full((num_waveforms,), (guidance_scale - 1) * 1000.0, device=device)
-            timestep_cond = get_timestep_embedding(
-                weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
-            ).to(self.unet.dtype)
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 * texts, tokens, hidden)
+            attention_mask = torch.cat([negative_attention_mask, attention_mask])  # (2 * texts, tokens)
 
-        # 5. Latents and step arguments
+        # 6. Latents: noise, those of the audio, and which of them to make
+        num_waveforms = len(keyframes) * num_waveforms_per_prompt
         latents = self.prepare_latents(num_waveforms, num_latent_frames, device, generator, latents)
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        audio_latents = latent_mask = None
+        if placed is not None:
+            num_copies = num_waveforms // len(clips)
+            audio_latents = self._encode_audio(
+                placed, num_latent_frames, num_frames_in_window, num_copies, device, generator
+            )
+            if inpaints or frequency_mask_in_hz is not None:
+                latent_mask = self._latent_mask(placed.is_made, num_latent_frames, frequency_mask_in_hz, device)
+                latent_mask = latent_mask.repeat_interleave(num_waveforms // len(latent_mask), dim=0)
 
-        # 6. Denoising loop
-        num_warmup_steps = len(timesteps) - num_inference_steps * order
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-
-                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t).to(self.unet.dtype)
-                num_rows = latent_model_input.shape[0]
-                if min(prompt_embeds.shape[0], attention_mask.shape[0]) < num_rows:
-                    raise ValueError(
-                        f"`callback_on_step_end` left {prompt_embeds.shape[0]} rows of `prompt_embeds` and "
-                        f"{attention_mask.shape[0]} of `attention_mask`, but {num_rows} are needed."
-                    )
-                # the last rows, since a callback that turns guidance off may leave the negative ones in place
-                model_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds[-num_rows:],
-                    encoder_attention_mask=attention_mask[-num_rows:],
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    return_dict=False,
-                )[0].float()
-
-                if self.do_classifier_free_guidance:
-                    model_pred_uncond, model_pred_text = model_pred.chunk(2)
-                    model_pred = model_pred_uncond + self.guidance_scale * (model_pred_text - model_pred_uncond)
-                    if guidance_rescale > 0:
-                        # equations (15) and (16) of https://huggingface.co/papers/2305.08891
-                        ratio = model_pred_text.std((1, 2, 3), keepdim=True) / model_pred.std((1, 2, 3), keepdim=True)
-                        model_pred = model_pred * (guidance_rescale * ratio + 1 - guidance_rescale)
-
-                latents = self.scheduler.step(model_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-                latents = latents.float()  # some schedulers return float64
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    attention_mask = callback_outputs.pop("attention_mask", attention_mask)
-
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % order == 0):
-                    progress_bar.update()
-                if is_torch_xla_available():
-                    xm.mark_step()
-
-        # 7. Decode
+        # 7. Denoise and decode: two iterators, where nothing runs before the result is asked for
+        denoised = self._denoise(
+            latents,
+            audio_latents,
+            latent_mask,
+            spans,
+            set_timesteps,
+            strength is not None and strength < 1,
+            prompt_embeds,
+            attention_mask,
+            keyframes,
+            num_waveforms_per_prompt,
+            num_frames_in_window,
+            window_batch_size,
+            guidance_rescale,
+            self.prepare_extra_step_kwargs(generator, eta),
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        stretches = self._decode(denoised, num_frames_in_window, num_samples, generator)
+        if stream:
+            return self._stream(stretches, output_type)
         if output_type == "latent":
-            audio = latents
+            for audio, _ in denoised:
+                pass
         else:
-            mel_spectrogram = self.vae.decode(
-                (latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
-            )[0]  # (batch, 1, num_frames, num_mel_bins)
-            audio = self.mel_spectrogram_to_waveform(mel_spectrogram)[:, :num_samples]  # (batch, num_samples)
+            audio, num_done = torch.empty(num_waveforms, num_samples, device=latents.device), 0
+            for stretch in stretches:
+                audio[:, num_done : num_done + stretch.shape[1]] = stretch
+                num_done += stretch.shape[1]
+            if placed is not None:
+                audio = self._join_with_audio(audio, placed, num_copies, frequency_mask_in_hz)
         self.maybe_free_model_hooks()
 
-        peaks = audio.abs().flatten(1).amax(1)  # (batch,), NaN where there is one
-        if not torch.isfinite(peaks).all():
-            broken = [i for i, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
-            raise RuntimeError(
-                f"The models produced NaN or infinity in waveform(s) {broken}. float16 overflows in some of them: use "
-                "torch.bfloat16 or torch.float32, at least for `text_encoder`, `vae` and `vocoder`."
-            )
+        # 8. Result
+        peaks = self._finite_peaks(audio)
         if output_type != "latent" and (peaks < 1e-3).any():
             silent = [i for i, peak in enumerate(peaks.tolist()) if peak < 1e-3]
             logger.warning(f"Waveform(s) {silent} are silent: no sample reaches 0.001 (-60 dB).")
@@ -932,3 +1607,286 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if not return_dict:
             return (audio,)
         return AudioPipelineOutput(audios=audio)
+
+    def _set_timesteps(self, num_inference_steps, timesteps, sigmas, strength, adds_noise, device):
+        """Set up the scheduler, which forgets what it remembered of an earlier run.
+
+        Returns:
+            The timesteps to take, after leaving out the share that `strength` says, and the number of steps.
+        """
+        device = "cpu" if is_torch_xla_available() else device
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        elif sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        order = self.scheduler.order
+        if timesteps is not None or sigmas is not None:
+            num_inference_steps = math.ceil(len(self.scheduler.timesteps) / order)
+        timesteps = self.scheduler.timesteps
+        if timesteps.max() > self.scheduler.config.num_train_timesteps - 1:
+            # for example 1000 steps with "leading" spacing and an offset of 1, where the original fails midway
+            raise ValueError(
+                f"`num_inference_steps` of {num_inference_steps} makes {type(self.scheduler).__name__} start at "
+                f"timestep {float(timesteps.max()):g}, beyond the last one of training, "
+                f"{self.scheduler.config.num_train_timesteps - 1}. Use fewer steps."
+            )
+        num_skipped = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+        if num_skipped == num_inference_steps:
+            raise ValueError(f"`strength` {strength} leaves none of the {num_inference_steps} steps.")
+        if num_skipped > 0 and isinstance(self.scheduler, PNDMScheduler):
+            # its second step is taken twice: that belongs to the start of a run, not to a timestep
+            timesteps = timesteps.unique().flip(0)[num_skipped:]
+            timesteps = torch.cat([timesteps[:2], timesteps[1:]])
+        else:
+            timesteps = timesteps[num_skipped * order :]
+        if adds_noise and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(num_skipped * order)  # `add_noise` follows the steps from here on
+        return timesteps, num_inference_steps - num_skipped
+
+    @torch.no_grad()
+    def _denoise(
+        self,
+        latents,
+        audio_latents,
+        latent_mask,
+        spans,
+        set_timesteps,
+        starts_from_audio,
+        prompt_embeds,
+        attention_mask,
+        keyframes,
+        num_waveforms_per_prompt,
+        num_frames_in_window,
+        window_batch_size,
+        guidance_rescale,
+        extra_step_kwargs,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
+    ):
+        """The denoising loop, once for each of `spans`, which all but the first begin with the end of the one before.
+
+        Where `latent_mask` is 0, and where a span is known from the one before, latents are replaced after each step
+        by the known ones with the noise of the next step (as in RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
+
+        Yields:
+            All latents, and how many frames of them are finished.
+        """
+        all_latents, noise = latents, latents / self.scheduler.init_noise_sigma
+        known, is_made = audio_latents, latent_mask
+        if len(spans) > 1:
+            known = torch.zeros_like(latents) if known is None else known.clone()
+            is_made = torch.ones_like(latents[:, :1]) if is_made is None else is_made.clone()
+        num_texts = sum(map(len, keyframes)) * num_waveforms_per_prompt
+        frames_per_s = self.vocoder.config.sampling_rate / (self.hop_length * self.vae_scale_factor)
+
+        for begin, end in spans:
+            timesteps, num_inference_steps = set_timesteps()
+            num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+            frames = slice(begin, end)
+            latents = all_latents[:, :, frames]
+            if starts_from_audio:
+                latents = self.scheduler.add_noise(audio_latents[:, :, frames], noise[:, :, frames], timesteps[:1])
+            if is_made is not None:
+                noisy = self.scheduler.add_noise(known[:, :, frames], noise[:, :, frames], timesteps[:1])
+                latents = torch.where(is_made[:, :, frames] > 0, latents, noisy)
+
+            with self.progress_bar(total=num_inference_steps) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+
+                    num_rows = num_texts * 2 if self.do_classifier_free_guidance else num_texts
+                    if min(prompt_embeds.shape[0], attention_mask.shape[0]) < num_rows:
+                        raise ValueError(
+                            f"`callback_on_step_end` left {prompt_embeds.shape[0]} rows of `prompt_embeds` and "
+                            f"{attention_mask.shape[0]} of `attention_mask`, but {num_rows} are needed."
+                        )
+
+                    def predict(windows, starts):
+                        middles = [(begin + start + windows.shape[2] / 2) / frames_per_s for start in starts]
+                        texts = [texts_at(each, keyframes, num_waveforms_per_prompt) for each in middles]
+                        rows, next_rows, shares = (torch.cat(each).to(windows.device) for each in zip(*texts))
+                        return self._guided_prediction(
+                            windows,
+                            t,
+                            prompt_embeds,
+                            attention_mask,
+                            rows - num_texts,
+                            next_rows - num_texts,
+                            shares,
+                            num_texts,
+                            guidance_rescale,
+                        )
+
+                    latent_model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    model_pred = blend_windows(predict, latent_model_input, num_frames_in_window, window_batch_size)
+                    latents = self.scheduler.step(model_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                    latents = latents.float()  # some schedulers return float64
+                    if is_made is not None:
+                        noisy = known[:, :, frames]
+                        if i + 1 < len(timesteps):
+                            noisy = self.scheduler.add_noise(noisy, noise[:, :, frames], timesteps[i + 1 : i + 2])
+                        latents = torch.where(is_made[:, :, frames] > 0, latents, noisy)
+
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                        latents = callback_outputs.pop("latents", latents)
+                        prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                        attention_mask = callback_outputs.pop("attention_mask", attention_mask)
+
+                    if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                        progress_bar.update()
+                    if is_torch_xla_available():
+                        xm.mark_step()
+
+            if len(spans) == 1:
+                all_latents = latents
+            else:
+                for each in (all_latents, known):
+                    each[:, :, frames] = latents
+                is_made[:, :, frames] = 0
+            yield all_latents, end
+
+    def _guided_prediction(
+        self,
+        latent_model_input,
+        t,
+        prompt_embeds,
+        attention_mask,
+        rows,
+        next_rows,
+        shares,
+        num_texts,
+        guidance_rescale,
+    ):
+        """The UNet's prediction under classifier-free guidance, in one batch.
+
+        Args:
+            rows, next_rows (`torch.Tensor` of shape `(batch,)`): rows of each sound's text and of the one that it
+                moves to, counted from the end of the text tensors, since a callback that turns guidance off may leave
+                the negative ones, which stand first, in place.
+            shares (`torch.Tensor` of shape `(batch,)`): of the text in `next_rows`.
+        """
+        texts = [rows]
+        if self.do_classifier_free_guidance:
+            texts.insert(0, rows - num_texts)
+        if is_moving := bool((shares > 0).any()):
+            texts.append(next_rows)
+        latent_model_input = torch.cat([latent_model_input] * len(texts))
+        texts = torch.cat(texts)
+        timestep_cond = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            # a guidance-distilled UNet reads w - 1 (https://huggingface.co/papers/2310.04378)
+            weights = torch.full((len(texts),), (self.guidance_scale - 1) * 1000.0, device=texts.device)
+            timestep_cond = get_timestep_embedding(
+                weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
+            ).to(self.unet.dtype)
+        model_preds = self.unet(
+            latent_model_input,
+            t,
+            encoder_hidden_states=prompt_embeds[texts],
+            encoder_attention_mask=attention_mask[texts],
+            timestep_cond=timestep_cond,
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            return_dict=False,
+        )[0].float()
+
+        *model_preds, model_pred = model_preds.chunk(len(texts) // len(rows))
+        if is_moving:
+            model_pred = torch.lerp(model_preds.pop(), model_pred, shares[:, None, None, None])
+        if model_preds:
+            model_pred_uncond, model_pred_text = model_preds[0], model_pred
+            model_pred = model_pred_uncond + self.guidance_scale * (model_pred_text - model_pred_uncond)
+            if guidance_rescale > 0:
+                # equations (15) and (16) of https://huggingface.co/papers/2305.08891
+                ratio = model_pred_text.std((1, 2, 3), keepdim=True) / model_pred.std((1, 2, 3), keepdim=True)
+                model_pred = model_pred * (guidance_rescale * ratio + 1 - guidance_rescale)
+        return model_pred
+
+    @torch.no_grad()
+    def _decode(self, denoised, num_frames_in_window, num_samples, generator):
+        """Waveform of the latents in `denoised`, in stretches, each as soon as nothing that is still to come has a
+        part in it. Mel spectrograms of overlapping windows are blended; the vocoder, which is a convolution, sees as
+        much on both sides of a stretch as it would in the whole.
+
+        Yields:
+            `torch.Tensor` of shape `(batch, some samples)`, `num_samples` in all.
+        """
+        context = self._vocoder_context()
+        num_windows_done = num_frames_done = 0
+        for latents, num_finished in denoised:
+            starts = window_starts(latents.shape[2], num_frames_in_window)
+            if num_windows_done == 0:
+                num_bins = self.vocoder.config.model_in_dim
+                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, num_bins)
+                total, total_weights = latents.new_zeros(shape), latents.new_zeros(shape[2], 1)
+                noise = latents.new_zeros(1, 1, shape[2], 1)
+                if self.config.mel_noise:
+                    noise = self.config.mel_noise * randn_tensor(shape, generator=generator, device=latents.device)
+            for start in starts[num_windows_done:]:
+                window = latents[:, :, start : start + num_frames_in_window]
+                if start + window.shape[2] > num_finished:
+                    break
+                mel_spectrogram = self.vae.decode(
+                    (window / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
+                )[0].float()  # (batch, 1, num_frames, num_mel_bins)
+                num_frames = mel_spectrogram.shape[2]
+                weights = window_weights(num_frames, latents.device) if len(starts) > 1 else 1.0
+                frames = slice(start * self.vae_scale_factor, start * self.vae_scale_factor + num_frames)
+                total[:, :, frames] += mel_spectrogram * weights
+                total_weights[frames] += weights
+                num_windows_done += 1
+
+                ready = end = total.shape[2]
+                if num_windows_done < len(starts):
+                    ready = starts[num_windows_done] * self.vae_scale_factor
+                    end = max(ready - context, num_frames_done)
+                first = max(num_frames_done - context, 0)
+                if end > num_frames_done and num_frames_done * self.hop_length < num_samples:
+                    waveform = self.mel_spectrogram_to_waveform(
+                        total[:, :, first:ready] / total_weights[first:ready] + noise[:, :, first:ready]
+                    )  # (batch, at least num_frames * hop)
+                    stop = min(end * self.hop_length, num_samples)
+                    yield waveform[:, (num_frames_done - first) * self.hop_length : stop - first * self.hop_length]
+                    num_frames_done = end
+
+    def _vocoder_context(self):
+        """Mel frames on either side that a sample depends on: half the kernels, each at its layer's rate."""
+        config = self.vocoder.config
+        context, rate = 3.0, 1  # the first convolution has a kernel of 7
+        for upsample_rate, upsample_kernel_size in zip(config.upsample_rates, config.upsample_kernel_sizes):
+            rate *= upsample_rate
+            context += upsample_kernel_size / 2 / rate
+            context += (
+                max(
+                    sum((kernel_size - 1) / 2 * (dilation + 1) for dilation in dilations)
+                    for kernel_size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)
+                )
+                / rate
+            )
+        return math.ceil(context + 3 / rate) + 1  # the last convolution has a kernel of 7
+
+    def _stream(self, stretches, output_type):
+        try:
+            for stretch in stretches:
+                self._finite_peaks(stretch)
+                yield stretch.cpu().numpy() if output_type == "np" else stretch
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _finite_peaks(self, audio):
+        """Peak of each row, without a copy of what may be long. Raises `RuntimeError` for NaN and infinity."""
+        lowest, highest = audio.flatten(1).aminmax(dim=1)
+        peaks = torch.maximum(-lowest, highest)  # (batch,), NaN where there is one
+        if not torch.isfinite(peaks).all():
+            broken = [i for i, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
+            raise RuntimeError(
+                f"The models produced NaN or infinity in waveform(s) {broken}. float16 overflows in some of them: use "
+                "torch.bfloat16 or torch.float32, at least for `text_encoder`, `vae` and `vocoder`."
+            )
+        return peaks

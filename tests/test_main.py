@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, __version__
-from pipeline_tango.__main__ import SCHEDULER_NAMES, draw_spectrogram, encode_wav, main, read_prompts
+from pipeline_tango.__main__ import SCHEDULER_NAMES, draw_spectrogram, encode_wav, main, read_audio, read_prompts
 
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +289,125 @@ def test_spectrogram_goes_where_asked(tango, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "a.wav", "b.wav", "seen.png"]
 
 
+# Sound in
+
+
+def tone(num_samples=4000, rate=16000):
+    return 0.3 * np.sin(2 * np.pi * 440 * np.arange(num_samples) / rate) + 0.01
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
+def test_wav_files_of_every_kind_are_read_alike(tmp_path, dtype):
+    samples = np.stack([tone(), -0.5 * tone()], axis=1)
+    if dtype == "uint8":
+        stored = np.rint(samples * 128 + 128).astype(np.uint8)
+    else:
+        stored = (samples * (np.iinfo(dtype).max if "int" in dtype else 1)).astype(dtype)
+    wavfile.write(tmp_path / "tone.wav", 22050, stored)
+    read, sampling_rate = read_audio(tmp_path / "tone.wav")
+    assert sampling_rate == 22050 and read.shape == (2, 4000)
+    assert np.abs(read.T - samples).max() < (1e-2 if dtype == "uint8" else 1e-4)
+
+
+def test_other_files_are_read_by_soundfile_or_say_what_they_need(tmp_path, error_of, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "tone.flac", tone(), 16000)
+    read, sampling_rate = read_audio(tmp_path / "tone.flac")
+    assert sampling_rate == 16000 and np.abs(read[0] - tone()).max() < 1e-4
+    monkeypatch.setattr("pipeline_tango.__main__.find_spec", lambda name: None)
+    status, line = error_of("rain", "--model", "x", "--audio", tmp_path / "tone.flac")
+    assert status == 2 and 'pip install "pipeline-tango[demo]"' in line
+
+
+def test_a_stretch_of_a_file_is_made_anew(tango, pipe):
+    wavfile.write("tone.wav", 16000, tone().astype(np.float32))
+    assert tango("rain", "--audio", "tone.wav", "--mask", "0.1-0.15", "--seconds", 0.25, "--seed", 3) == 0
+    made = wavfile.read("tango.wav")[1] / 32768
+    options = {"generator": torch.Generator().manual_seed(3), "num_inference_steps": 2, "mask": [(0.1, 0.15)]}
+    expected = pipe("rain", audio=tone().astype(np.float32), audio_sampling_rate=16000, **options).audios[0]
+    assert np.abs(made - expected).max() < 1e-4
+    assert np.abs(made - tone())[:1200].max() < 1e-4 < np.abs(made - tone())[1600:2400].max()
+
+
+def test_length_follows_the_file_unless_told(tango, tiny_folder):
+    wavfile.write("tone.wav", 22050, tone(4410, 22050).astype(np.float32))  # 0.2 s
+    command = ("rain", "--model", tiny_folder, "--steps", 4, "--device", "cpu", "--audio", "tone.wav", "--quiet")
+    for flags, num_samples in (
+        ((), 3200),
+        (("--strength", 0.5), 3200),
+        (("--continue", 0.1), 4800),
+        (("--seconds", 0.4), 6400),
+        (("--seconds", 0.1, "--strength", 0.5), 1600),
+        (("--frequency_mask", "4000-8000"), 3200),
+    ):
+        assert main([str(each) for each in (*command, *flags)]) == 0
+        assert len(wavfile.read("tango.wav")[1]) == num_samples
+
+
+def test_a_list_made_from_a_sound_says_so_in_its_manifest(tango, tmp_path, capsys):
+    wavfile.write("tone.wav", 16000, tone(1600).astype(np.float32))
+    Path("list.txt").write_text("rain\nwind\n")
+    asked = ("--prompts", "list.txt", "-o", "out", "--audio", "tone.wav", "--steps", 4)
+    assert tango(*asked, "--strength", 0.5, "--batch_size", 2) == 0
+    records = records_of(tmp_path / "out")
+    assert [(r["audio"], r["strength"], r["mask"]) for r in records] == [("tone.wav", 0.5, None)] * 2
+    before = bytes_of(tmp_path / "out")
+    assert tango(*asked, "--strength", 0.5) == 0 and bytes_of(tmp_path / "out") == before
+    assert tango(*asked, "--strength", 0.75) == 2
+    assert "was made with strength 0.5, not 0.75" in capsys.readouterr().err
+    assert tango(*asked[:4], "--steps", 4) == 2
+    assert "was made with audio 'tone.wav', not None" in capsys.readouterr().err
+
+
+def test_what_the_pipeline_refuses_is_told_in_one_line(tango, capsys):
+    wavfile.write("tone.wav", 16000, tone().astype(np.float32))
+    wavfile.write("silence.wav", 16000, np.zeros(4000, np.int16))
+    for arguments, message in (
+        (("--audio", "tone.wav", "--mask", "0.2-0.3", "--seconds", 0.25), "`mask` region (0.2, 0.3)"),
+        (("--audio", "tone.wav", "--mask", "0.1-0.2,0.15-0.22", "--seconds", 0.25), "`mask` regions overlap"),
+        (("--audio", "silence.wav"), "`audio` is silent"),
+        (("--audio", "tone.wav", "--strength", 0.1), "`strength` 0.1 leaves none"),
+    ):
+        assert tango("rain", *arguments) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("tango.wav").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--strength", "0.5"], "--strength needs a sound to start from"),
+        (["--mask", "1-2"], "--mask needs a sound to start from"),
+        (["--continue", "1"], "--continue needs a sound to start from"),
+        (["--audio", "missing.wav"], "cannot read the sound missing.wav"),
+        (["--audio", "folder"], "cannot read the sound folder"),
+        (["--audio", "empty.wav"], "cannot read the sound empty.wav"),
+        (["--audio", "cut.wav"], "cannot read the sound cut.wav"),
+        (["--audio", "none.wav"], "the sound none.wav is empty"),
+        (["--audio", "tone.wav", "--strength", "0"], "strength must be a number"),
+        (["--audio", "tone.wav", "--strength", "nan"], "strength must be a number"),
+        (["--audio", "tone.wav", "--continue", "-1"], "continue must be a number of seconds"),
+        (["--audio", "tone.wav", "--continue", "1", "--seconds", "2"], "either --continue"),
+        (["--audio", "tone.wav", "--mask", "2"], "mask must be regions in seconds"),
+        (["--audio", "tone.wav", "--mask", "1-2;3-4"], "mask must be regions in seconds"),
+        (["--audio", "tone.wav", "--mask", "-1-2"], "expected one argument"),
+        (["--audio", "tone.wav", "--frequency_mask", "low-high"], "frequency_mask must be regions in Hz"),
+        (["--audio", "tone.wav", "--frequency_mask", "0-100,200-300"], "frequency_mask must be one band"),
+    ],
+)
+def test_a_wrong_sound_to_start_from_is_told_in_one_line(error_of, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("empty.wav").write_bytes(b"")
+    wavfile.write("tone.wav", 16000, tone().astype(np.float32))
+    wavfile.write("none.wav", 16000, np.zeros(0, np.float32))
+    Path("cut.wav").write_bytes(Path("tone.wav").read_bytes()[:20])
+    files = sorted(os.listdir())
+    status, line = error_of("rain", "--model", "x", *arguments)
+    assert status == 2 and message in line
+    assert sorted(os.listdir()) == files
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -365,7 +484,7 @@ def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, con
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
-    assert "give --model" in error_of("rain")[1]
+    assert "--model must be" in error_of("rain", "--model", "")[1]
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
     status, line = error_of("rain", "--model", original_checkpoint)
@@ -407,8 +526,10 @@ def test_a_wrong_command_line_does_not_import_torch():
 
 
 FLAGS = ["--seconds", "--steps", "--takes", "--seed", "--guidance", "--prompts", "-o", "--spectrogram", "--device"]
+FLAGS += ["--audio", "--strength", "--mask", "--continue", "--frequency_mask"]
 FLAGS += ["--negative_prompt", "--scheduler", "--dtype", "--quiet", "--overwrite", "--batch_size", "--help", "--", "-"]
 VALUES = ["0", "1", "2", "-1", "0.05", "nan", "1e999", "9" * 30, "rain", "a.wav", "a.png", "list", "out", "cpu", "lcm"]
+VALUES += ["tone", "0.01-0.05", "0.5"]
 ANY_TEXT = st.text(st.characters(exclude_characters="/"), max_size=8)
 FUZZ = {
     "deadline": None,
@@ -422,6 +543,7 @@ FUZZ = {
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), st.sampled_from(VALUES), ANY_TEXT), max_size=6))
 def test_no_command_line_raises_or_leaves_partial_files(tango, arguments):
     Path("list").write_text("rain\nwind\n")
+    Path("tone").write_bytes(encode_wav(tone(1600), 16000))
     assert tango(*arguments) in (0, 1, 2)
     assert not list(Path().rglob("*.part"))
     for path in Path().rglob("*.wav"):

@@ -295,6 +295,45 @@ def test_default_length_is_the_checkpoints_and_survives_saving(components, tmp_p
     assert TangoPipeline(**components).config.default_audio_length_in_s == 10.24
 
 
+def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(components, tmp_path):
+    defaults = {"default_num_inference_steps": 2, "default_guidance_scale": 1.5}
+    TangoPipeline(**components, **defaults).save_pretrained(tmp_path / "model")
+    pipe = TangoPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+
+    def make(**kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("rain", audio_length_in_s=0.3, generator=generator, output_type="latent", **kwargs).audios
+
+    assert torch.equal(make(), make(num_inference_steps=2, guidance_scale=1.5))
+    assert not torch.equal(make(), make(num_inference_steps=3))
+    assert not torch.equal(make(), make(guidance_scale=3.0))
+    original = TangoPipeline(**components).config
+    assert (original.default_num_inference_steps, original.default_guidance_scale, original.mel_noise) == (100, 3.0, 0)
+
+
+def test_mel_noise_reaches_the_vocoder_and_comes_from_the_generators(components):
+    pipe = TangoPipeline(**components, mel_noise=0.5, default_num_inference_steps=1)
+    pipe.set_progress_bar_config(disable=True)
+    heard = []
+    pipe.vocoder.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    shape = (2, *pipe._latent_shape(8))
+    latents = torch.randn(shape[1:], generator=torch.Generator().manual_seed(1)).expand(shape)
+
+    def make(*seeds):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        prompt = ["rain"] * len(seeds)
+        return pipe(prompt, latents=latents[: len(seeds)].clone(), generator=generator, eta=0.0).audios
+
+    both = make(3, 4)
+    first, second = heard.pop()
+    assert (first - second).std() == pytest.approx(0.5 * 2**0.5, rel=0.1)  # the same latents, two draws
+    np.testing.assert_allclose(make(4)[0], both[1], atol=1e-5)
+    pipe.register_to_config(mel_noise=0.0)
+    make(3, 4)
+    torch.testing.assert_close(*heard.pop())
+
+
 def test_length_follows_given_latents(pipe):
     latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
     assert pipe("rain", num_inference_steps=1, latents=latents).audios.shape == (1, 12 * 4 * 160)
