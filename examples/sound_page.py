@@ -1,0 +1,86 @@
+"""Twenty prompts, their sounds, and one page to hear and see them: `python -m examples.sound_page OUT`.
+
+Open `OUT/index.html`. What is in OUT already is not made again. Needs the extra `demo` for the pictures.
+"""
+
+import argparse
+import html
+import json
+from pathlib import Path
+
+from pipeline_tango.__main__ import main as tango
+from pipeline_tango.__main__ import write_atomically
+
+
+PROMPTS = (
+    "rain and thunder",
+    "heavy rain",
+    "wind blowing",
+    "a stream of water",
+    "a fire crackling",
+    "birds singing in a forest",
+    "crickets at night",
+    "a sheep bleating",
+    "a cow mooing",
+    "a horse galloping",
+    "footsteps on gravel",
+    "a door closing",
+    "a church bell ringing",
+    "a gunshot followed by an explosion",
+    "glass breaking",
+    "a splash in water",
+    "a drum beat",
+    "a car engine running",
+    "a steam train passing while birds sing",
+    "applause and laughter",
+)
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.5rem; }}
+figure {{ margin: 0; }} img, audio {{ width: 100%; }} figcaption {{ font-weight: 600; }}
+</style>
+<h1>{title}</h1>
+<main>
+{figures}
+</main>
+</html>
+"""
+FIGURE = """<figure><figcaption>{prompt}</figcaption>{image}
+<audio controls preload="none" src="{name}.wav"></audio></figure>"""
+
+
+def write_page(folder, title):
+    """`index.html` of the sounds in the command's `manifest.jsonl`."""
+    figures = []
+    for line in (folder / "manifest.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        name, prompt = Path(entry["file"]).stem, html.escape(entry["prompt"])
+        image = f'<img src="{name}.png" alt="spectrogram of {prompt}">' if (folder / f"{name}.png").exists() else ""
+        figures.append(FIGURE.format(prompt=prompt, image=image, name=name))
+    write_atomically(folder / "index.html", PAGE.format(title=html.escape(title), figures="\n".join(figures)).encode())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for the sounds, the pictures and index.html")
+    parser.add_argument("--prompts", type=Path, help="a prompt a line, instead of the twenty")
+    args, flags = parser.parse_known_args(argv)  # --model, --steps, --seed ... are the command's
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    prompts = args.prompts or args.output / "prompts.txt"
+    if not args.prompts:
+        write_atomically(prompts, "".join(f"{prompt}\n" for prompt in PROMPTS).encode())
+    status = tango(["--prompts", str(prompts), "--output", str(args.output), "--spectrogram", *flags])
+    if status == 0:
+        write_page(args.output, "Sounds of Tango")
+        print(f"open {args.output / 'index.html'}")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
