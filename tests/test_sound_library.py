@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
-from examples.sound_library import build, captions, compose
+from examples.sound_library import assemble, build, captions, compose
+from pipeline_tango import TangoPipeline
 from training.data import read_manifest
 from training.mixing import pressure_level_db
 
@@ -388,3 +391,43 @@ def test_a_recording_that_is_missing_or_a_split_that_does_not_exist_is_named(lib
         compose.Library(library, "heldout")
     with pytest.raises(ValueError, match="`split` .* 'validation'"):
         compose.Library(library, "validation")
+
+
+# Assembling
+
+
+def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_folder, tmp_path):
+    run = tmp_path / "vocoder"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps({"train_manifest": "/home/me/data.jsonl", "learning_rate": 0.1}))
+    entries = [{"step": step, "mel_error": 1 / step} for step in range(1, 9)]
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    flags = ["--pipeline", tiny_folder, "--scheduler", "dpm++", "--num_inference_steps", 2, "--guidance_scale", 1]
+    flags += ["--audio_length_in_s", 0.3, "--mel_noise", 0.2, "--runs", run, "--output", tmp_path / "tiny"]
+    assemble.main(list(map(str, flags)))
+
+    pipe = TangoPipeline.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert pipe.config.mel_noise == 0.2
+    assert pipe("rain").audios.shape == (1, 4800)
+    weights = load_file(tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    card = (tmp_path / "tiny" / "README.md").read_text()
+    with open(assemble.HERE / "manifest.csv", newline="", encoding="utf-8") as file:
+        assert all(row["author"] in card for row in csv.DictReader(file))
+    assert "--learning_rate 0.1" in card and "data.jsonl" in card and "/home/me" not in card
+    assert "{flags}" not in card and "{credits}" not in card
+    assert (tmp_path / "tiny" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "tiny" / "pipeline.py").exists()
+
+
+def test_a_vae_of_another_scale_is_refused(tiny_folder, tmp_path, capsys):
+    vae = AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae")
+    vae.register_to_config(scaling_factor=0.123)
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ["--pipeline", tiny_folder, "--vae", tmp_path / "vae", "--output", tmp_path / "tiny"]
+    with pytest.raises(SystemExit):
+        assemble.main(list(map(str, flags)))
+    assert "--vae" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()

@@ -1,0 +1,159 @@
+"""Put the trained stages together as the checkpoint that the package carries, in float16, with its card.
+
+    python -m examples.sound_library.assemble --pipeline RUN/model --vae RUN/vae --vocoder RUN/model \\
+        --runs RUN RUN ... --output pipeline_tango/tango_tiny
+
+`--runs` are output folders of the training scripts, in the order they were run: the card gets their flags and a
+picture of their curves. `--figures` is a Markdown file with what was measured.
+"""
+
+import argparse
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango.__main__ import write_atomically
+
+
+HERE = Path(__file__).parent
+SMOOTHING = 50  # steps of a curve that make one point
+
+
+def credits():
+    """Markdown list of the authors of the recordings, by licence."""
+    with open(HERE / "manifest.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for licence in sorted({row["licence"] for row in rows}):
+        of_licence = [row for row in rows if row["licence"] == licence]
+        lines.append(f"\n**{licence}** ({len(of_licence)} recordings)\n")
+        for package in sorted({row["source_package"] for row in of_licence}):
+            authors = sorted({row["author"] for row in of_licence if row["source_package"] == package})
+            lines.append(f"- Debian package `{package}`: {'; '.join(author or 'unnamed' for author in authors)}")
+    return "\n".join(lines)
+
+
+def vocabulary():
+    with open(HERE / "manifest.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    return ", ".join(sorted({row["category"].replace("_", " ") for row in rows}))
+
+
+def read_run(folder):
+    """Name, flags and log entries of a run of a training script."""
+    flags = json.loads((folder / "args.json").read_text())
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return folder.name, flags, entries
+
+
+def flags_of(runs):
+    """Markdown of each run's flags, paths by their last part alone."""
+    blocks = []
+    for name, flags, entries in runs:
+        lines = []
+        for flag, value in sorted(flags.items()):
+            if value in (None, [], False, ""):
+                continue
+            value = Path(value).name if isinstance(value, str) else value
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"    --{flag}" + ("" if value is True else f" {value}"))
+        steps = max(entry["step"] for entry in entries)
+        blocks.append(f"`{name}`, {steps} steps:\n\n" + "\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def draw_curves(runs):
+    """PNG with a panel for each run: the figures of its log, in means of `SMOOTHING` steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6 * len(runs)), layout="constrained")
+    for axes, (name, _, entries) in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs):
+        for key in sorted({key for entry in entries for key in entry} - {"step", "lr", "grad_norm"}):
+            points = [(e["step"], e[key]) for e in entries if isinstance(e.get(key), (int, float))]
+            if not points:
+                continue
+            size = 1 if key.startswith("validation") else SMOOTHING
+            chunks = [points[i : i + size] for i in range(0, len(points), size)]
+            axes.plot(
+                [chunk[-1][0] for chunk in chunks],
+                [sum(value for _, value in chunk) / len(chunk) for chunk in chunks],
+                marker="o" if size == 1 else None,
+                markersize=3,
+                label=key.replace("_", " "),
+            )
+        axes.set(title=name, xlabel="step", yscale="symlog")
+        axes.legend(fontsize=7, ncols=2)
+        axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=70)
+    return content.getvalue()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, required=True, help="pipeline with the trained UNet and text encoder")
+    parser.add_argument("--vae", type=Path, help="folder of another VAE, such as one with a decoder trained along")
+    parser.add_argument("--vocoder", type=Path, help="folder of another vocoder")
+    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the pipeline's")
+    parser.add_argument("--num_inference_steps", type=int, default=100)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--mel_noise", type=float, default=0.0, help="what the vocoder was trained with")
+    parser.add_argument("--audio_length_in_s", type=float, default=10.24)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
+    parser.add_argument("--figures", type=Path, help="Markdown with what was measured")
+    parser.add_argument("--output", type=Path, required=True, help="folder, replaced if it exists")
+    args = parser.parse_args(argv)
+
+    pipe = TangoPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
+    changes = {}
+    if args.vae:
+        changes["vae"] = type(pipe.vae).from_pretrained(args.vae)
+        if changes["vae"].config.scaling_factor != pipe.vae.config.scaling_factor:
+            parser.error(f"--vae {args.vae} scales latents in another way than the one that the UNet was trained with")
+    if args.vocoder:
+        changes["vocoder"] = type(pipe.vocoder).from_pretrained(args.vocoder)
+    if args.scheduler:
+        changes["scheduler"] = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    pipe.register_modules(**changes)
+    pipe.register_to_config(
+        default_audio_length_in_s=args.audio_length_in_s,
+        default_num_inference_steps=args.num_inference_steps,
+        default_guidance_scale=args.guidance_scale,
+        mel_noise=args.mel_noise,
+    )
+    runs = [read_run(folder) for folder in args.runs]
+    card = (HERE / "card.md").read_text()
+    for name, text in {
+        "vocabulary": vocabulary(),
+        "credits": credits(),
+        "flags": flags_of(runs),
+        "figures": args.figures.read_text().strip() if args.figures else "None yet.",
+        "parameters": "\n".join(
+            f"| {name} | {type(module).__name__} | {sum(map(torch.Tensor.numel, module.parameters())) / 1e6:.1f} M |"
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module)
+        ),
+    }.items():
+        card = card.replace("{" + name + "}", text)
+
+    partial = args.output.with_name(f".{args.output.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(partial)
+    (partial / "pipeline.py").unlink()  # the package has it
+    if runs:
+        write_atomically(partial / "training.png", draw_curves(runs))
+    write_atomically(partial / "README.md", card.encode())
+    if args.output.exists():
+        shutil.rmtree(args.output)
+    partial.rename(args.output)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
