@@ -22,11 +22,13 @@ from training.train_vocoder import (
     Generator,
     Segments,
     adversarial_loss,
+    coherence,
     compressed_spectrum,
     discriminator_loss,
     energy_distance,
     feature_distance,
     inputs_of,
+    load_vocoder,
     main,
     parse_args,
     reconstruct,
@@ -190,6 +192,29 @@ def test_the_middle_of_all_noises_is_no_better_than_noise():
     middle = [tuple(part.median().expand_as(part) for part in window) for window in noises[0]]
     assert spectral_distance(middle, noises[0]) < spectral_distance(noises[1], noises[0])
     assert energy_distance(spectral_distance, *noises) < energy_distance(spectral_distance, noises[0], middle, middle)
+
+
+def test_coherence_is_what_two_sounds_share():
+    first, second, common = torch.randn(3, 4, 16000, generator=torch.Generator().manual_seed(0))
+    assert float(coherence(first, first)) == pytest.approx(1, abs=1e-4)
+    assert float(coherence(first, second)) < 0.2
+    assert float(coherence(first + 2 * common, second + 2 * common)) == pytest.approx(0.8, abs=0.05)  # 4 of 5 parts
+
+
+def test_an_untrained_vocoder_sounds_like_its_spectrogram_and_differs_with_the_noise(tmp_path):
+    (tmp_path / "config.json").write_text('{"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1]]}')
+    flags = [f"--output_dir={tmp_path}", f"--config={tmp_path / 'config.json'}", "--upsample_initial_channel=512"]
+    args = parse_args(["--train_manifest=M", *flags])
+    vocoder = load_vocoder(args)
+    generator = torch.Generator().manual_seed(0)
+    bands = torch.where(torch.arange(64) < 32, -1.0, -4.0).expand(2, 200, 64)  # 26 dB quieter above 2 kHz
+    mel = bands + args.mel_noise * torch.randn(bands.shape, generator=generator)
+    with torch.no_grad():
+        first, second = vocoder(mel)
+    made = log_mel_spectrogram(torch.stack([first, second]))[:, 10:190].mean((0, 1))
+    assert (made - bands[0, 0])[:30].abs().mean() < 0.3
+    assert (made[:30].mean() - made[34:].mean()) == pytest.approx(3, abs=1)
+    assert float(coherence(first[None], second[None])) < 0.3
 
 
 def test_a_segment_belongs_to_its_mel_frames_as_in_the_whole_sound(sounds, tmp_path):

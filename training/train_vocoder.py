@@ -11,6 +11,7 @@ spectrograms with a little noise each, and the losses ask that the two be as far
 """
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
 from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
@@ -71,9 +73,10 @@ VOCODER_CONFIG = {
     "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
     "normalize_before": False,
 }
+SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, or it would be small beside what a step of Adam changes
 NUM_CONTEXT_FRAMES = 8  # on each side of a segment: its mel windows, and the VAE's view
 MAX_GAIN_DB = 20  # of a quiet segment
-SPECTRUM_WINDOWS = (64, 128, 256, 512, 1024, 2048)  # samples, of the energy distance of spectra
+SPECTRUM_BANDS = {128: 8, 256: 16, 512: 40, 1024: 64, 2048: 80}  # window in samples: bands, of the energy distance
 # what a random draw is for: the first word of its key
 SEGMENTS, RECONSTRUCTION, VALIDATION, MEL_NOISE = range(4, 8)
 
@@ -108,13 +111,19 @@ def parse_args(argv=None):
         "needs; the encoder stays, and with it all latents. The result is OUT/vae",
     )
     data.add_argument(
-        "--mel_noise", type=float, default=0.2, help="deviation of the noise on the others, in log-mel units"
+        "--mel_noise",
+        type=float,
+        default=0.2,
+        help="deviation of the noise on the input, in log-mel units; a pipeline "
+        "with this vocoder needs the same as its `mel_noise`",
     )
 
-    objective = parser.add_argument_group("objective", "the weights of the generator's losses; the adversarial has 1")
+    objective = parser.add_argument_group("objective", "the weights of the generator's losses")
     objective.add_argument("--spectrogram_weight", type=float, default=7.5, help="of the energy distance of spectra")
+    objective.add_argument("--adversarial_weight", type=float, default=1.0, help="0 leaves the discriminators out")
     objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
     objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
+    objective.add_argument("--coherence_weight", type=float, default=0.0, help="of what two sounds of one input share")
     objective.add_argument("--decoder_weight", type=float, default=5.0, help="of that of the decoder's spectrograms")
     objective.add_argument(
         "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
@@ -195,15 +204,7 @@ def load_vocoder(args):
             config["upsample_initial_channel"] = args.upsample_initial_channel
         torch.manual_seed(args.seed)  # of the random weights
         vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
-        with torch.no_grad():  # as initialised it is silent, since nothing here normalises the weights
-            for module in vocoder.modules():
-                if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-                    fan_in = module.in_channels * module.kernel_size[0] / module.stride[0]
-                    module.weight.normal_(std=fan_in**-0.5)
-            for block in vocoder.resblocks:
-                for conv in block.convs2:
-                    conv.weight.mul_(0.3)  # the sum of three branches stays as loud as what they are added to
-            vocoder.conv_post.weight.mul_(0.1)
+        initialise(vocoder, args.mel_noise)
     config = vocoder.config
     wanted = (MEL_SAMPLING_RATE, NUM_MEL_BINS, MEL_HOP_LENGTH, False)
     came = (config.sampling_rate, config.model_in_dim, math.prod(config.upsample_rates), config.normalize_before)
@@ -213,6 +214,120 @@ def load_vocoder(args):
             f"{wanted}, not {came}"
         )
     return vocoder
+
+
+@torch.no_grad()
+def initialise(vocoder, mel_noise):
+    """Random weights, of which a part makes a noise vocoder: before any training it sounds like its spectrogram.
+
+    What a GAN takes longest to find is where to take chance from. A steady input repeats itself every frame, and so
+    does the output of convolutions, which is heard as a buzz. Here the first layer adds to each mel band two random
+    sums of how all bands differ from the frames beside, and bends the results like an exponential function. Their
+    difference is a random amplitude, as loud as the band. The first upsampler multiplies it with a grain of noise of
+    32 ms in that band; everything after it hands samples on. All that can be trained away from.
+
+    Args:
+        mel_noise (`float`): deviation of the noise on the log-mel spectrograms, from which most of the chance comes.
+    """
+    config = vocoder.config
+    for module in vocoder.modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            fan_in = module.in_channels * module.kernel_size[0] / module.stride[0]
+            module.weight.normal_(std=fan_in**-0.5)
+            module.bias.zero_()
+    first = vocoder.conv_pre
+    first.weight.div_(3)  # log-mel values vary by 3 around -6
+    first.bias.copy_(6 * first.weight.sum((1, 2)))
+    for block in vocoder.resblocks:
+        for layer in block.convs2:
+            layer.weight.mul_(0.3)  # the sum of the branches stays as loud as what they are added to
+
+    # how many samples of the waveform one channel of each stage stands for, two channels of opposite sign each
+    sizes = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
+    num_knots = first.out_channels // NUM_MEL_BINS // 2 - 1
+    if num_knots < 1 or any(2 * size > up.out_channels for size, up in zip(sizes, vocoder.upsampler)):
+        vocoder.conv_post.weight.mul_(0.1)
+        return  # too narrow
+    slope = config.leaky_relu_slope
+
+    # 1. Random amplitudes: units of the first layer for each band, twice
+    knots = torch.linspace(-7, -1, num_knots) if num_knots > 1 else torch.tensor([-3.0])
+    # slopes of the exponential's chords between the knots, and of its last part, up to 2
+    ends = torch.cat([knots, torch.tensor([2.0])])
+    chords = ends.exp().diff() / ends.diff()
+    # sum of c_j lrelu(x - k_j) + b lrelu(k_0 - x) with those slopes, and 0 below k_0, where b = slope sum(c)
+    system = torch.full((num_knots, num_knots), slope).tril(-1).T + torch.ones(num_knots, num_knots).tril() - slope**2
+    weights = torch.linalg.solve(system, chords)
+    weights = torch.cat([weights, slope * weights.sum()[None]])
+    jumps = torch.randn(NUM_MEL_BINS, 2, NUM_MEL_BINS)
+    jumps -= jumps.mean(2, keepdim=True)  # an onset in all bands is no chance
+    jumps *= 0.4 / mel_noise / 1.5**0.5 / jumps.norm(dim=2, keepdim=True)
+    middle = first.kernel_size[0] // 2
+    amplitude_of = torch.zeros(first.out_channels, NUM_MEL_BINS)
+    unit = 0
+    for band in range(NUM_MEL_BINS):
+        for side in range(2):
+            kernel = torch.zeros(NUM_MEL_BINS, first.kernel_size[0])
+            kernel[:, middle] += jumps[band, side]
+            kernel[:, [middle - 1, middle + 1]] -= 0.5 * jumps[band, side, :, None]
+            kernel[band, middle] += 1
+            for i in range(num_knots + 1):
+                sign = 1 if i < num_knots else -1  # the last one looks at what is below the first knot
+                first.weight[unit] = sign * kernel
+                first.bias[unit] = -sign * knots[i % num_knots]
+                amplitude_of[unit, band] = weights[i] * (1 if side == 0 else -1)
+                unit += 1
+
+    # 2. Grains
+    up = vocoder.upsampler[0]
+    length = up.kernel_size[0] * sizes[0]
+    frequencies = torch.fft.rfftfreq(length, 1 / MEL_SAMPLING_RATE)
+    filters = torch.as_tensor(
+        mel_filter_bank(
+            len(frequencies),
+            NUM_MEL_BINS,
+            0,
+            MEL_SAMPLING_RATE / 2,
+            MEL_SAMPLING_RATE,
+            norm="slaney",
+            mel_scale="slaney",
+        ),
+        dtype=torch.float32,
+    )
+    grains = torch.fft.irfft(filters.T * torch.randn(NUM_MEL_BINS, len(frequencies), dtype=torch.complex64), n=length)
+    grains *= torch.hann_window(length)
+    grains *= SIGNAL_SCALE / grains.norm(dim=1, keepdim=True)
+
+    # 3. Samples handed on
+    for i, (size, up) in enumerate(zip(sizes, vocoder.upsampler)):
+        used = slice(0, 2 * size)
+        if i == 0:
+            up.weight.mul_(0.05)  # what is not handed on starts out weak
+        up.weight[:, used] = 0
+        if i > 0:
+            for channel in range(2 * size):
+                sample, sign = channel // 2, 1 - 2 * (channel % 2)
+                for phase in range(up.stride[0]):
+                    source = 2 * (phase * size + sample)
+                    up.weight[source, channel, phase + up.padding[0]] = sign / (1 + slope)
+                    up.weight[source + 1, channel, phase + up.padding[0]] = -sign / (1 + slope)
+        for block in vocoder.resblocks[i * vocoder.num_kernels : (i + 1) * vocoder.num_kernels]:
+            for layer in block.convs2:
+                layer.weight[used] = 0
+    vocoder.conv_post.weight.mul_(0.01)
+    vocoder.conv_post.weight[:, :2] = 0
+    vocoder.conv_post.weight[0, 0, vocoder.conv_post.kernel_size[0] // 2] = 0.5 / SIGNAL_SCALE
+    vocoder.conv_post.weight[0, 1, vocoder.conv_post.kernel_size[0] // 2] = -0.5 / SIGNAL_SCALE
+
+    # levels as in the spectrogram, at one that is heard
+    level = torch.full((1, 400, NUM_MEL_BINS), -1.0)
+    mel = level + mel_noise * torch.randn(level.shape)
+    for _ in range(4):
+        table = (amplitude_of @ grains).unflatten(1, (-1, sizes[0])).transpose(1, 2)  # (units, samples, taps)
+        vocoder.upsampler[0].weight[:, : 2 * sizes[0] : 2] = table
+        vocoder.upsampler[0].weight[:, 1 : 2 * sizes[0] : 2] = -table
+        made = log_mel_spectrogram(Generator(vocoder)(mel)[0])
+        grains *= (level - made)[:, 10:-10].mean((0, 1)).exp()[:, None]
 
 
 class Generator(nn.Module):
@@ -386,27 +501,58 @@ def energy_distance(distance, real, first, second):
     return distance(first, real) + distance(second, real) - distance(first, second)
 
 
-def spectra(waveform):
-    """Square roots and logarithms of STFT magnitudes, each (batch, num_bins, num_frames), windows of 4 to 128 ms."""
+@functools.lru_cache(maxsize=1)
+def band_filters():
+    """For each of `SPECTRUM_BANDS` a window and filters (num_bins, num_bands) that take means of magnitudes."""
     result = []
-    for length in SPECTRUM_WINDOWS:
-        window = torch.hann_window(length, device=waveform.device)
-        window = window / window.square().sum().sqrt()  # white noise is as loud in each
+    for length, num_bands in SPECTRUM_BANDS.items():
+        filters = mel_filter_bank(
+            length // 2 + 1, num_bands, 0, MEL_SAMPLING_RATE / 2, MEL_SAMPLING_RATE, mel_scale="slaney"
+        )
+        filters = torch.tensor(filters / filters.sum(0), dtype=torch.float32)
+        window = torch.hann_window(length)
+        result.append((window / window.square().sum().sqrt(), filters))  # white noise is as loud in each
+    return result
+
+
+def spectra(waveform):
+    """Two pictures for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
+    num_frames), since single bins of noise say little about the noise; and the compressed complex spectrum,
+    (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near its like."""
+    result = []
+    for window, filters in band_filters():
+        window, filters = window.to(waveform.device), filters.to(waveform.device)
+        length = len(window)
         spectrum = torch.stft(waveform, length, length // 4, window=window, center=False, return_complex=True)
         magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
-        result.append((magnitude.sqrt(), (magnitude + 1e-4).log()))
+        result.append(((filters.T @ magnitude + 3e-3).log(), 2 * compressed_spectrum(waveform, length)))
     return result
 
 
 def spectral_distance(a, b):
-    """Distance of two `spectra`: mean absolute differences of both, and the Euclidean norm of each frame's difference
-    of logarithms, which alone sees whether the bins of a frame go together."""
+    """Distance of two `spectra`: Euclidean norms of the differences of each frame's bands, and of each complex bin, in
+    means over frames, bins and windows."""
     total = 0
-    for (roots_a, logs_a), (roots_b, logs_b) in zip(a, b):
-        difference = logs_a - logs_b
-        norm = (difference.square().mean(1) + 1e-8).sqrt()
-        total = total + difference.abs().mean() + norm.mean() + F.l1_loss(roots_a, roots_b)
+    for parts in zip(a, b):
+        for x, y in zip(*parts):
+            total = total + ((x - y).square().mean(1) + 1e-8).sqrt().mean()
     return total / len(a)
+
+
+def coherence(first, second):
+    """How much two sounds made of one input are the same, 0 to 1: the coherence of their STFTs over the segment, mean
+    over bins. Two noises in T frames have about T**-0.5."""
+    values = []
+    for length in (512, 1024):
+        window = torch.hann_window(length, device=first.device)
+        a, b = (
+            torch.stft(each, length, length // 2, window=window, center=False, return_complex=True)
+            for each in (first, second)
+        )
+        inner = torch.view_as_real((a * b.conj()).sum(2)).square().sum(-1)  # (batch, num_bins)
+        norms = [torch.view_as_real(each).square().sum((2, 3)) for each in (a, b)]
+        values.append(((inner + 1e-12) / (norms[0] * norms[1] + 1e-12)).sqrt().mean())
+    return sum(values) / len(values)
 
 
 def feature_distance(a, b):
@@ -489,7 +635,7 @@ def inputs_of(args, vae, batch, device):
     `(batch, num_frames, num_mel_bins)` that belong to it.
 
     The generator reads two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one
-    draw. The two differ by the draw of the posterior where they went through the VAE, and else by `--mel_noise`. With
+    draw. The two differ by `--mel_noise`, and by the draw of the posterior where they went through the VAE. With
     `--train_decoder` it reads the two latents instead, with context.
     """
     waveform = torch.stack(batch["waveform"]).to(device)
@@ -502,14 +648,16 @@ def inputs_of(args, vae, batch, device):
         with torch.no_grad():
             posterior = vae.encode(recorded.unsqueeze(1)).latent_dist
             return torch.cat([draw_latents(posterior, generators) for _ in range(2)]), *targets
-    generators = [keyed_generator(args.seed, MEL_NOISE, *key) for key in keys]
-    draws = [recorded + args.mel_noise * sample_noise(recorded.shape, generators, device) for _ in range(2)]
+    draws = [recorded.clone() for _ in range(2)]
     if vae is not None:
         generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
         chosen = torch.stack([torch.rand((), generator=each) for each in generators]) < args.proportion_reconstructed
         rows = chosen.nonzero()[:, 0].tolist()
         for mel in draws if rows else ():
             mel[rows] = reconstruct(vae, recorded[rows], [generators[row] for row in rows])
+    generators = [keyed_generator(args.seed, MEL_NOISE, *key) for key in keys]
+    for mel in draws:
+        mel += args.mel_noise * sample_noise(mel.shape, generators, device)
     return without_context(torch.cat(draws)), *targets
 
 
@@ -551,11 +699,13 @@ def validate(args, accelerator, vocoder, vae, waveforms, step):
     for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_local_main_process):
         waveform = waveforms[index][None].to(accelerator.device)
         mels = {"": log_mel_spectrogram(waveform)}
+        generators = [keyed_generator(args.seed, VALIDATION, index)]
         if vae is not None:
-            generators = [keyed_generator(args.seed, VALIDATION, index)]
             mels["-reconstructed"] = reconstruct(vae, mels[""], generators)
         figures = []
         for name, mel in mels.items():
+            if not args.train_decoder:
+                mel = mel + args.mel_noise * sample_noise(mel.shape, generators, mel.device)
             made, *errors = copy_synthesis(vocoder, mel, waveform)
             figures += errors
             if index in kept:
@@ -714,25 +864,28 @@ def train(args):
     for batch in loader:
         inputs, waveform, recorded = inputs_of(args, vae, batch, device)
         made, mel = generator(inputs)
-        # discriminators first, on recorded and made ones in one pass
-        judged = discriminators(torch.cat([waveform, made.detach()]))
-        sizes = [len(waveform), len(made)]
-        real, fake = ([[m.split(sizes)[part] for m in maps] for maps in judged] for part in (0, 1))
-        figures = {"discriminator_loss": discriminator_loss(real, fake)}
-        accelerator.backward(figures["discriminator_loss"])
-        discriminator_optimizer.step()
-        discriminator_optimizer.zero_grad()
+        figures, loss = {}, 0.0
+        if args.adversarial_weight:
+            # discriminators first, on recorded and made ones in one pass
+            judged = discriminators(torch.cat([waveform, made.detach()]))
+            sizes = [len(waveform), len(made)]
+            real, fake = ([[m.split(sizes)[part] for m in maps] for maps in judged] for part in (0, 1))
+            figures["discriminator_loss"] = discriminator_loss(real, fake)
+            accelerator.backward(figures["discriminator_loss"])
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
 
-        judges.requires_grad_(False)
-        fake = judges(made)
-        figures["adversarial_loss"] = loss = adversarial_loss(fake)
-        if args.feature_weight:
-            with torch.no_grad():
-                real = judges(waveform)
-            halves = ([[m.chunk(2)[half] for m in maps] for maps in fake] for half in (0, 1))
-            figures["feature_loss"] = energy_distance(feature_distance, real, *halves)
-            loss = loss + args.feature_weight * figures["feature_loss"]
-        judges.requires_grad_(True)
+            judges.requires_grad_(False)
+            fake = judges(made)
+            figures["adversarial_loss"] = adversarial_loss(fake)
+            loss = args.adversarial_weight * figures["adversarial_loss"]
+            if args.feature_weight:
+                with torch.no_grad():
+                    real = judges(waveform)
+                halves = ([[m.chunk(2)[half] for m in maps] for maps in fake] for half in (0, 1))
+                figures["feature_loss"] = energy_distance(feature_distance, real, *halves)
+                loss = loss + args.feature_weight * figures["feature_loss"]
+            judges.requires_grad_(True)
         first, second = made.chunk(2)
         with torch.no_grad():
             figures["mel_error"] = mel_loss(first, waveform)
@@ -743,6 +896,9 @@ def train(args):
             pictures = map(spectra, (waveform, first, second))
             figures["spectrogram_loss"] = energy_distance(spectral_distance, *pictures)
             loss = loss + args.spectrogram_weight * figures["spectrogram_loss"]
+        if args.coherence_weight:
+            figures["coherence"] = coherence(first, second)
+            loss = loss + args.coherence_weight * figures["coherence"]
         if args.train_decoder:
             figures["decoder_loss"] = energy_distance(F.l1_loss, recorded, *mel.chunk(2))
             loss = loss + args.decoder_weight * figures["decoder_loss"]
@@ -764,7 +920,7 @@ def train(args):
                 raise FloatingPointError(f"{name} is {value} at step {step}: lower --learning_rate")
         log.write(step, **values, lr=learning_rate)
         bar.update()
-        bar.set_postfix(mel_error=f"{values['mel_error']:.3f}", adversarial=f"{values['adversarial_loss']:.2f}")
+        bar.set_postfix(mel_error=f"{values['mel_error']:.3f}", grad_norm=f"{values.get('grad_norm', 0):.0f}")
         if profiler is not None and step == first_step + args.profile_steps:
             profiler.stop()
             logger.info("\n" + profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
