@@ -13,7 +13,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import TANGO_TINY, __version__
+from . import __version__
 
 
 # Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
@@ -210,11 +210,7 @@ def parse_arguments(argv):
     )
     parser.add_argument("prompt", nargs="?", help="what to hear, such as 'rain and thunder'")
     parser.add_argument("--version", action="version", version=f"tango {__version__}")
-    parser.add_argument(
-        "--model",
-        metavar="FOLDER_OR_REPO",
-        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
-    )
+    parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="diffusers folder, or Hub repo such as owner/name")
     parser.add_argument(
         "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
     )
@@ -313,8 +309,8 @@ def parse_arguments(argv):
         raise CommandError('--spectrogram needs matplotlib: pip install "pipeline-tango[demo]"')
     if (args.prompt is None) == (args.prompts is None):
         raise CommandError("give either a prompt or --prompts FILE")
-    if args.model == "":
-        raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
+    if not args.model:
+        raise CommandError("give --model: a diffusers folder, or a Hub repo such as owner/name")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -360,7 +356,7 @@ def plan_sounds(args, first_seed, defaults):
                     "steps": request.get("steps", steps),
                     "guidance": request.get("guidance", guidance),
                     "scheduler": defaults["scheduler"],
-                    "model": args.model or "tango-tiny",
+                    "model": args.model,
                     **args.audio_settings,
                 }
             )
@@ -514,9 +510,9 @@ def load_pipeline(args, device, dtype):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model or TANGO_TINY, dtype={"default": torch.float32, "unet": dtype})
+        pipe = TangoPipeline.from_pretrained(args.model, dtype={"default": torch.float32, "unet": dtype})
     except Exception as error:  # files that are not ours: anything may be wrong with them
-        raise RuntimeError(f"cannot load {args.model or TANGO_TINY}: {error}") from error
+        raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.scheduler:
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     if args.cpu_offload:
@@ -569,7 +565,7 @@ def make_sounds(args):
     # On CPUs, processes find each other only if told so. The slowest of them is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device, dtype = choose_device_and_dtype(args, state)
-    defaults = read_model_defaults(args.model or TANGO_TINY)
+    defaults = read_model_defaults(args.model)
     if args.scheduler:
         defaults["scheduler"] = SCHEDULERS[args.scheduler].__name__
 
@@ -601,7 +597,7 @@ def make_sounds(args):
         share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
         there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
         say(
-            f"{args.model or 'tango-tiny'} on {device} in {str(dtype).removeprefix('torch.')}, "
+            f"{args.model} on {device} in {str(dtype).removeprefix('torch.')}, "
             f"{defaults['scheduler']}, seed {seed}{seed_note}, "
             f"sounds to make: {len(todo)}{there}{share}"
         )

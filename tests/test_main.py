@@ -484,7 +484,7 @@ def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, con
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
-    assert "--model must be" in error_of("rain", "--model", "")[1]
+    assert "give --model" in error_of("rain")[1]
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
     status, line = error_of("rain", "--model", original_checkpoint)
