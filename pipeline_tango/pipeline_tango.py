@@ -1156,7 +1156,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         # the rest
         if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
             raise ValueError(f"`cross_attention_kwargs` has to be a dict, not {type(cross_attention_kwargs)}.")
-        if window_order not in ("joint", "sequential"):
+        if not isinstance(window_order, str) or window_order not in ("joint", "sequential"):
             raise ValueError(f"`window_order` has to be 'joint' or 'sequential', not {window_order!r}.")
         if not isinstance(stream, bool):
             raise ValueError(f"`stream` has to be True or False, not {stream!r}.")
@@ -1809,7 +1809,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return model_pred
 
     @torch.no_grad()
-    def _decode(self, denoised, num_frames_in_window, num_samples, generator):
+    def _decode(self, denoised, num_frames_in_window, num_samples, generator=None):
         """Waveform of the latents in `denoised`, in stretches, each as soon as nothing that is still to come has a
         part in it. Mel spectrograms of overlapping windows are blended; the vocoder, which is a convolution, sees as
         much on both sides of a stretch as it would in the whole.

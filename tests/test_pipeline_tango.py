@@ -879,7 +879,7 @@ BAD_INPUTS = [
     ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
     ({"num_inference_steps": True}, "`num_inference_steps`"),
     ({"num_waveforms_per_prompt": 0}, "`num_waveforms_per_prompt`"),
-    ({"guidance_scale": None}, "`guidance_scale`"),
+    ({"guidance_scale": "3"}, "`guidance_scale`"),
     ({"guidance_scale": float("nan")}, "`guidance_scale`"),
     ({"guidance_rescale": 1.5}, "`guidance_rescale`"),
     ({"eta": 2.0}, "`eta`"),
