@@ -217,6 +217,17 @@ def test_an_untrained_vocoder_sounds_like_its_spectrogram_and_differs_with_the_n
     assert float(coherence(first[None], second[None])) < 0.3
 
 
+def test_without_noise_an_untrained_vocoder_has_plain_finite_weights(tmp_path):
+    vocoder = load_vocoder(parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--mel_noise=0"]))
+    assert all(parameter.isfinite().all() for parameter in vocoder.parameters())
+
+
+def test_a_run_that_could_learn_nothing_is_refused(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path, "--adversarial_weight=0", "--spectrogram_weight=0"))
+    assert "--mel_weight" in capsys.readouterr().err
+
+
 def test_a_segment_belongs_to_its_mel_frames_as_in_the_whole_sound(sounds, tmp_path):
     args = parse_args(["--train_manifest=M", f"--output_dir={tmp_path}", "--num_segment_frames=16", "--mel_noise=0.1"])
     dataset = Segments([Clip(str(sounds / "rain.wav"), ("rain",))], 16, seed=0)
@@ -307,7 +318,14 @@ def test_bad_input_is_one_clear_line(flags, message, arguments, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "flag", ["--stft_windows=4096", "--train_batch_size=0", "--proportion_reconstructed=2", "--train_decoder"]
+    "flag",
+    [
+        "--stft_windows=4096",
+        "--train_batch_size=0",
+        "--proportion_reconstructed=2",
+        "--train_decoder",
+        "--mel_noise=-1",
+    ],
 )
 def test_bad_flags_are_refused_by_name(flag, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):

@@ -58,6 +58,7 @@ from training.train import (
     run,
     save_checkpoint,
 )
+from training.train_autoencoder import vae_factor
 
 
 logger = get_logger(__name__)
@@ -180,6 +181,10 @@ def parse_args(argv=None):
         parser.error(f"--seed has to be at least 0, not {args.seed}")
     if not 0 <= args.proportion_reconstructed <= 1:
         parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
+    if args.mel_noise < 0:
+        parser.error(f"--mel_noise has to be at least 0, not {args.mel_noise}")
+    if not any((args.adversarial_weight, args.spectrogram_weight, args.mel_weight)):
+        parser.error("--adversarial_weight, --spectrogram_weight and --mel_weight are all 0: nothing would be learnt")
     if args.train_decoder and not args.vae:
         parser.error("--train_decoder needs --vae")
     num_samples = args.num_segment_frames * MEL_HOP_LENGTH
@@ -228,6 +233,7 @@ def initialise(vocoder, mel_noise):
 
     Args:
         mel_noise (`float`): deviation of the noise on the log-mel spectrograms, from which most of the chance comes.
+            With 0 there is nothing to make noise of, and all weights are plain random ones.
     """
     config = vocoder.config
     for module in vocoder.modules():
@@ -245,9 +251,10 @@ def initialise(vocoder, mel_noise):
     # how many samples of the waveform one channel of each stage stands for, two channels of opposite sign each
     sizes = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
     num_knots = first.out_channels // NUM_MEL_BINS // 2 - 1
-    if num_knots < 1 or any(2 * size > up.out_channels for size, up in zip(sizes, vocoder.upsampler)):
+    too_narrow = num_knots < 1 or any(2 * size > up.out_channels for size, up in zip(sizes, vocoder.upsampler))
+    if too_narrow or mel_noise == 0:
         vocoder.conv_post.weight.mul_(0.1)
-        return  # too narrow
+        return
     slope = config.leaky_relu_slope
 
     # 1. Random amplitudes: units of the first layer for each band, twice
@@ -614,9 +621,8 @@ def read_clip(clip):
 @torch.no_grad()
 def reconstruct(vae, mel, generators):
     """Mel spectrograms through the VAE, by a sample of the posterior with one generator each."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     num_frames = mel.shape[1]
-    mel = F.pad(mel.transpose(1, 2), (0, -num_frames % factor), mode="replicate").transpose(1, 2)
+    mel = F.pad(mel.transpose(1, 2), (0, -num_frames % vae_factor(vae)), mode="replicate").transpose(1, 2)
     posterior = vae.encode(mel.unsqueeze(1)).latent_dist
     return vae.decode(draw_latents(posterior, generators)).sample[:, 0, :num_frames]
 
@@ -768,7 +774,7 @@ def train(args):
     vae = None
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae).to(device).eval().requires_grad_(False)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = vae_factor(vae)
         if args.train_decoder and (args.num_segment_frames + 2 * NUM_CONTEXT_FRAMES) % factor:
             raise ValueError(
                 f"`--num_segment_frames` {args.num_segment_frames} and {2 * NUM_CONTEXT_FRAMES} of context are no "
