@@ -1160,10 +1160,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             raise ValueError(f"`window_order` has to be 'joint' or 'sequential', not {window_order!r}.")
         if not isinstance(stream, bool):
             raise ValueError(f"`stream` has to be True or False, not {stream!r}.")
-        if stream and output_type == "latent":
-            raise ValueError("`stream` yields sound: `output_type` has to be 'np' or 'pt'.")
         if not isinstance(output_type, str) or output_type not in ("np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'np', 'pt' or 'latent', not {output_type!r}.")
+        if stream and output_type == "latent":
+            raise ValueError("`stream` yields sound: `output_type` has to be 'np' or 'pt'.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` has to be callable, not {type(callback_on_step_end)}.")
         names = callback_on_step_end_tensor_inputs

@@ -899,6 +899,7 @@ BAD_INPUTS = [
     ({"generator": [torch.Generator()] * 2}, "`generator`.*2 for 1"),
     ({"cross_attention_kwargs": 0.5}, "`cross_attention_kwargs`"),
     ({"output_type": "wav"}, "`output_type`"),
+    ({"output_type": np.array(["np", "pt"]), "stream": True}, "`output_type`"),
     ({"callback_on_step_end": 3}, "`callback_on_step_end`"),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`"),
 ]
