@@ -422,6 +422,19 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     assert not (tmp_path / "tiny" / "pipeline.py").exists()
 
 
+def test_assembling_anew_replaces_and_a_missing_run_is_told_first(tiny_folder, tmp_path, capsys):
+    flags = ["--pipeline", str(tiny_folder), "--output", str(tmp_path / "tiny")]
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "old").touch()
+    with pytest.raises(SystemExit):
+        assemble.main([*flags, "--runs", str(tmp_path / "missing")])
+    assert "missing" in capsys.readouterr().err
+    assert (tmp_path / "tiny" / "old").exists()
+    assemble.main(flags)
+    assert (tmp_path / "tiny" / "model_index.json").exists() and not (tmp_path / "tiny" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
 def test_a_vae_of_another_scale_is_refused(tiny_folder, tmp_path, capsys):
     vae = AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae")
     vae.register_to_config(scaling_factor=0.123)

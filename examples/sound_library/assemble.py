@@ -8,7 +8,6 @@ picture of their curves. `--figures` is a Markdown file with what was measured.
 """
 
 import argparse
-import csv
 import io
 import json
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.__main__ import write_atomically
 
@@ -26,8 +26,7 @@ SMOOTHING = 50  # steps of a curve that make one point
 
 def credits():
     """Markdown list of the authors of the recordings, by licence."""
-    with open(HERE / "manifest.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_manifest()
     lines = []
     for licence in sorted({row["licence"] for row in rows}):
         of_licence = [row for row in rows if row["licence"] == licence]
@@ -39,9 +38,8 @@ def credits():
 
 
 def vocabulary():
-    with open(HERE / "manifest.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-    return ", ".join(sorted({row["category"].replace("_", " ") for row in rows}))
+    categories = {row["category"] for row in read_manifest() if row["split"] == "train"}
+    return ", ".join(sorted(category.replace("_", " ") for category in categories))
 
 
 def read_run(folder):
@@ -109,6 +107,12 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="folder, replaced if it exists")
     args = parser.parse_args(argv)
 
+    try:
+        runs = [read_run(folder) for folder in args.runs]
+        figures = args.figures.read_text().strip() if args.figures else "None yet."
+    except (OSError, ValueError) as error:
+        parser.error(f"--runs and --figures have to be there and whole: {error}")
+
     pipe = TangoPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     changes = {}
     if args.vae:
@@ -126,13 +130,12 @@ def main(argv=None):
         default_guidance_scale=args.guidance_scale,
         mel_noise=args.mel_noise,
     )
-    runs = [read_run(folder) for folder in args.runs]
     card = (HERE / "card.md").read_text()
     for name, text in {
         "vocabulary": vocabulary(),
         "credits": credits(),
         "flags": flags_of(runs),
-        "figures": args.figures.read_text().strip() if args.figures else "None yet.",
+        "figures": figures,
         "parameters": "\n".join(
             f"| {name} | {type(module).__name__} | {sum(map(torch.Tensor.numel, module.parameters())) / 1e6:.1f} M |"
             for name, module in pipe.components.items()
@@ -148,9 +151,12 @@ def main(argv=None):
     if runs:
         write_atomically(partial / "training.png", draw_curves(runs))
     write_atomically(partial / "README.md", card.encode())
+    earlier = args.output.with_name(f".{args.output.name}.earlier")
     if args.output.exists():
-        shutil.rmtree(args.output)
+        shutil.rmtree(earlier, ignore_errors=True)
+        args.output.rename(earlier)
     partial.rename(args.output)
+    shutil.rmtree(earlier, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 
