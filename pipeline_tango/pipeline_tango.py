@@ -676,8 +676,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             `audio_length_in_s` is not given; what the checkpoint was trained on.
         default_num_inference_steps (`int`, *optional*, defaults to 100): the same for `num_inference_steps`.
         default_guidance_scale (`float`, *optional*, defaults to 3.0): the same for `guidance_scale`.
-        mel_noise (`float`, *optional*, defaults to 0.0): standard deviation of the noise, in log-mel units, that a
-            vocoder was trained to take chance from (`training.train_vocoder`). It is added to what the VAE decodes.
+        num_noise_channels (`int`, *optional*, defaults to 0): how many of the vocoder's inputs, the last ones, are
+            white noise that it takes chance from (`training.train_vocoder`). The others are mel bins.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -695,7 +695,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_audio_length_in_s: float = 10.24,
         default_num_inference_steps: int = 100,
         default_guidance_scale: float = 3.0,
-        mel_noise: float = 0.0,
+        num_noise_channels: int = 0,
     ):
         super().__init__()
         self.register_modules(
@@ -705,11 +705,15 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             default_audio_length_in_s=default_audio_length_in_s,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
-            mel_noise=mel_noise,
+            num_noise_channels=num_noise_channels,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
+
+    @property
+    def _num_mel_bins(self):
+        return self.vocoder.config.model_in_dim - self.config.num_noise_channels
 
     @property
     def guidance_scale(self):
@@ -852,8 +856,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
     def _latent_shape(self, num_latent_frames):
-        num_latent_bins = self.vocoder.config.model_in_dim // self.vae_scale_factor
-        return self.unet.config.in_channels, num_latent_frames, num_latent_bins
+        return self.unet.config.in_channels, num_latent_frames, self._num_mel_bins // self.vae_scale_factor
 
     def _encode_audio(self, placed, num_latent_frames, num_frames_in_window, num_copies, device, generator):
         """Scaled latents of `placed`, drawn from the VAE's posterior, each clip `num_copies` times: shape
@@ -939,18 +942,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             joined.append(np.clip(waveform, -1.0, 1.0))
         return torch.from_numpy(np.stack(joined)).to(made.device, torch.float32)
 
-    def mel_spectrogram_to_waveform(self, mel_spectrogram):
+    def mel_spectrogram_to_waveform(self, mel_spectrogram, noise=None):
         """Vocode a log-mel spectrogram.
 
         Args:
             mel_spectrogram (`torch.Tensor` of shape `(batch, 1, num_frames, num_mel_bins)`).
+            noise (`torch.Tensor` of shape `(batch, 1, num_frames, num_noise_channels)`, *optional*): what a vocoder
+                with noise channels takes chance from. Drawn anew by default.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_samples)`: float32 in [-1, 1]. The released vocoder makes 32 samples
             more than frames times hop.
         """
+        if noise is None:
+            shape = (*mel_spectrogram.shape[:3], self.config.num_noise_channels)
+            noise = randn_tensor(shape, device=mel_spectrogram.device)
+        inputs = torch.cat([mel_spectrogram, noise.to(mel_spectrogram.dtype)], dim=3).squeeze(1)
         dtype = get_parameter_dtype(self.vocoder)  # not `.dtype`, which is the storage type under layerwise casting
-        return self.vocoder(mel_spectrogram.squeeze(1).to(dtype)).float()
+        return self.vocoder(inputs.to(dtype)).float()
 
     def check_inputs(
         self,
@@ -997,9 +1006,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             )
         if self.scheduler.config.get("prediction_type") == "flow_prediction":
             raise ValueError("`scheduler` has prediction_type 'flow_prediction', which does not fit this UNet.")
-        if self.vocoder.config.model_in_dim % self.vae_scale_factor != 0:
+        if self._num_mel_bins % self.vae_scale_factor != 0:
             raise ValueError(
-                f"`vocoder` has {self.vocoder.config.model_in_dim} mel bins, which the `vae`'s factor "
+                f"`vocoder` has {self._num_mel_bins} mel bins, which the `vae`'s factor "
                 f"{self.vae_scale_factor} does not divide."
             )
         if self.vae.config.latent_channels != self.unet.config.in_channels:
@@ -1219,7 +1228,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             read_masks(mask, clips, audio_sampling_rate)
         if stream:
             raise ValueError("`stream` cannot be used with `audio`: the seams need the sound on both of their sides.")
-        front_end = (self.vocoder.config.sampling_rate, self.hop_length, self.vocoder.config.model_in_dim)
+        front_end = (self.vocoder.config.sampling_rate, self.hop_length, self._num_mel_bins)
         if front_end != (MEL_SAMPLING_RATE, MEL_HOP_LENGTH, NUM_MEL_BINS):
             raise ValueError(
                 f"`audio` is read at {MEL_SAMPLING_RATE} Hz into {NUM_MEL_BINS} mel bins, a frame every "
@@ -1822,12 +1831,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         for latents, num_finished in denoised:
             starts = window_starts(latents.shape[2], num_frames_in_window)
             if num_windows_done == 0:
-                num_bins = self.vocoder.config.model_in_dim
-                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, num_bins)
+                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, self._num_mel_bins)
                 total, total_weights = latents.new_zeros(shape), latents.new_zeros(shape[2], 1)
-                noise = latents.new_zeros(1, 1, shape[2], 1)
-                if self.config.mel_noise:
-                    noise = self.config.mel_noise * randn_tensor(shape, generator=generator, device=latents.device)
+                shape = (*shape[:3], self.config.num_noise_channels)
+                noise = randn_tensor(shape, generator=generator, device=latents.device)
             for start in starts[num_windows_done:]:
                 window = latents[:, :, start : start + num_frames_in_window]
                 if start + window.shape[2] > num_finished:
@@ -1849,7 +1856,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 first = max(num_frames_done - context, 0)
                 if end > num_frames_done and num_frames_done * self.hop_length < num_samples:
                     waveform = self.mel_spectrogram_to_waveform(
-                        total[:, :, first:ready] / total_weights[first:ready] + noise[:, :, first:ready]
+                        total[:, :, first:ready] / total_weights[first:ready], noise[:, :, first:ready]
                     )  # (batch, at least num_frames * hop)
                     stop = min(end * self.hop_length, num_samples)
                     yield waveform[:, (num_frames_done - first) * self.hop_length : stop - first * self.hop_length]

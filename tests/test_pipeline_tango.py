@@ -28,6 +28,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from scipy.io import wavfile
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline, log_mel_spectrogram
 
@@ -309,29 +310,36 @@ def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(compo
     assert not torch.equal(make(), make(num_inference_steps=3))
     assert not torch.equal(make(), make(guidance_scale=3.0))
     original = TangoPipeline(**components).config
-    assert (original.default_num_inference_steps, original.default_guidance_scale, original.mel_noise) == (100, 3.0, 0)
+    defaults = (original.default_num_inference_steps, original.default_guidance_scale, original.num_noise_channels)
+    assert defaults == (100, 3.0, 0)
 
 
-def test_mel_noise_reaches_the_vocoder_and_comes_from_the_generators(components):
-    pipe = TangoPipeline(**components, mel_noise=0.5, default_num_inference_steps=1)
+def test_noise_channels_reach_the_vocoder_and_come_from_the_generators(components):
+    config = SpeechT5HifiGanConfig.from_dict(components["vocoder"].config.to_dict() | {"model_in_dim": 64 + 5})
+    components["vocoder"] = SpeechT5HifiGan(config).eval()
+    pipe = TangoPipeline(**components, num_noise_channels=5, default_num_inference_steps=1)
     pipe.set_progress_bar_config(disable=True)
     heard = []
     pipe.vocoder.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
-    shape = (2, *pipe._latent_shape(8))
+    shape = (2, *pipe._latent_shape(64))
     latents = torch.randn(shape[1:], generator=torch.Generator().manual_seed(1)).expand(shape)
 
-    def make(*seeds):
+    def make(*seeds, **kwargs):
         generator = [torch.Generator().manual_seed(seed) for seed in seeds]
         prompt = ["rain"] * len(seeds)
-        return pipe(prompt, latents=latents[: len(seeds)].clone(), generator=generator, eta=0.0).audios
+        return pipe(prompt, latents=latents[: len(seeds)].clone(), generator=generator, eta=0.0, **kwargs).audios
 
     both = make(3, 4)
     first, second = heard.pop()
-    assert (first - second).std() == pytest.approx(0.5 * 2**0.5, rel=0.1)  # the same latents, two draws
+    torch.testing.assert_close(first[:, :64], second[:, :64])  # the same latents
+    noise = torch.cat([first[:, 64:], second[:, 64:]], dim=1)  # two draws
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert torch.corrcoef(noise.T).sub(torch.eye(10)).abs().max() < 0.3
     np.testing.assert_allclose(make(4)[0], both[1], atol=1e-5)
-    pipe.register_to_config(mel_noise=0.0)
-    make(3, 4)
-    torch.testing.assert_close(*heard.pop())
+    heard.clear()
+    make(3, window_length_in_s=0.64)  # in windows: the noise goes on from one to the next
+    windowed = torch.cat([each[0, :, 64:] for each in heard])
+    assert len(windowed.unique(dim=0)) == 256
 
 
 def test_length_follows_given_latents(pipe):

@@ -403,13 +403,13 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     entries = [{"step": step, "mel_error": 1 / step} for step in range(1, 9)]
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     flags = ["--pipeline", tiny_folder, "--scheduler", "dpm++", "--num_inference_steps", 2, "--guidance_scale", 1]
-    flags += ["--audio_length_in_s", 0.3, "--mel_noise", 0.2, "--runs", run, "--output", tmp_path / "tiny"]
+    flags += ["--audio_length_in_s", 0.3, "--runs", run, "--output", tmp_path / "tiny"]
     assemble.main(list(map(str, flags)))
 
     pipe = TangoPipeline.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    assert pipe.config.mel_noise == 0.2
+    assert pipe.config.num_noise_channels == 0
     assert pipe("rain").audios.shape == (1, 4800)
     weights = load_file(tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}

@@ -34,6 +34,7 @@ from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline, log_mel_spectrogram
 from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
+from pipeline_tango.pipeline_tango import NUM_MEL_BINS
 from training.data import (
     ClipDataset,
     EpochSampler,
@@ -273,6 +274,7 @@ def load_pipeline(args, weight_dtype):
             return cls.from_pretrained(path, subfolder=subfolder if inside else "")
 
         text_subfolder = "tokenizer" if (Path(args.text_encoder) / "tokenizer").is_dir() else ""
+        vocoder = load(SpeechT5HifiGan, args.vocoder, "vocoder")
         torch.manual_seed(args.seed)  # of the random weights
         pipe = TangoPipeline(
             vae=load(AutoencoderKL, args.vae, "vae"),
@@ -280,7 +282,8 @@ def load_pipeline(args, weight_dtype):
             tokenizer=T5Tokenizer.from_pretrained(args.text_encoder, subfolder=text_subfolder),
             unet=UNet2DConditionModel.from_config(json.loads(Path(args.unet_config).read_text())),
             scheduler=DDPMScheduler(**SCHEDULER_CONFIG),
-            vocoder=load(SpeechT5HifiGan, args.vocoder, "vocoder"),
+            vocoder=vocoder,
+            num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
         )
         scheduler_config = SCHEDULER_CONFIG
     if args.prediction_type:
@@ -615,7 +618,11 @@ def make_sounds(args, accelerator, pipe, step):
     """Validation prompts as WAV and PNG in `samples/step-<step>`."""
     folder = Path(args.output_dir) / "samples" / f"step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = TangoPipeline(**pipe.components, default_audio_length_in_s=pipe.config.default_audio_length_in_s)
+    pipe = TangoPipeline(
+        **pipe.components,
+        default_audio_length_in_s=pipe.config.default_audio_length_in_s,
+        num_noise_channels=pipe.config.num_noise_channels,
+    )
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(desc="validation sounds", leave=False)
     sampling_rate = pipe.vocoder.config.sampling_rate

@@ -5,9 +5,9 @@ The result, `OUT/model`, is a transformers `SpeechT5HifiGan` for the mel spectro
 killed and resumed does exactly what an unbroken one does.
 
 A spectrogram says nothing of the phases of rain. A net that is asked for *the* waveform settles on what is least wrong
-on average, one click a frame, which is heard as a buzz. So two waveforms are made of each segment, from mel
-spectrograms with a little noise each, and the losses ask that the two be as far from each other as from the recording
-(`energy_distance`); discriminators do the rest.
+on average, one click a frame, which is heard as a buzz. So the vocoder reads channels of noise beside the mel bands,
+starts as a noise vocoder (`training.noise_vocoder`), and makes two waveforms of each segment; the losses ask that the
+two be as far from each other as from the recording (`energy_distance`). Discriminators can be added.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from pipeline_tango import log_mel_spectrogram
 from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
 from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from training.data import is_silent, normalise, read_waveform
+from training.noise_vocoder import initialise
 from training.objective import sample_noise
 from training.train import (
     LR_SCHEDULERS,
@@ -63,23 +64,21 @@ from training.train_autoencoder import vae_factor
 
 logger = get_logger(__name__)
 
-# the released vocoder's, but narrower and with two of its three kernels: 2.1 million parameters
+# the released vocoder's, but half as wide and with the smallest of its kernels: 4.8 million parameters
 VOCODER_CONFIG = {
-    "model_in_dim": NUM_MEL_BINS,
     "sampling_rate": MEL_SAMPLING_RATE,
-    "upsample_initial_channel": 256,
+    "upsample_initial_channel": 512,
     "upsample_rates": [5, 4, 2, 2, 2],
     "upsample_kernel_sizes": [16, 16, 8, 4, 4],
-    "resblock_kernel_sizes": [3, 7],
-    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3]],
     "normalize_before": False,
 }
-SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, or it would be small beside what a step of Adam changes
 NUM_CONTEXT_FRAMES = 8  # on each side of a segment: its mel windows, and the VAE's view
 MAX_GAIN_DB = 20  # of a quiet segment
 SPECTRUM_BANDS = {128: 8, 256: 16, 512: 40, 1024: 64, 2048: 80}  # window in samples: bands, of the energy distance
 # what a random draw is for: the first word of its key
-SEGMENTS, RECONSTRUCTION, VALIDATION, MEL_NOISE = range(4, 8)
+SEGMENTS, RECONSTRUCTION, VALIDATION, NOISE = range(4, 8)
 
 
 def parse_args(argv=None):
@@ -92,9 +91,16 @@ def parse_args(argv=None):
     start = parser.add_argument_group("start", "random weights, unless a vocoder is given")
     start.add_argument("--pretrained_model_name_or_path", help="vocoder to fine-tune: folder or Hub repo")
     start.add_argument(
-        "--config", help="JSON config of a SpeechT5HifiGan, whole or in part (default: 2.1 M parameters)"
+        "--config", help="JSON config of a SpeechT5HifiGan, whole or in part (default: 4.0 M parameters)"
     )
     start.add_argument("--upsample_initial_channel", type=int, help="its width, for short")
+    start.add_argument(
+        "--num_noise_channels",
+        type=int,
+        default=96,
+        help="inputs beside the mel bands, of white noise; a pipeline with this vocoder needs the same number as its "
+        "`num_noise_channels`. 0 makes a plain HiFi-GAN",
+    )
     start.add_argument("--discriminators", help="those of an earlier run: CHECKPOINT/model_1.safetensors")
 
     data = add_data_arguments(parser, "all of it is kept in memory: 230 MB an hour")
@@ -111,20 +117,12 @@ def parse_args(argv=None):
         help="train the decoder of --vae along, on reconstructions only, so that nothing is left out that the vocoder "
         "needs; the encoder stays, and with it all latents. The result is OUT/vae",
     )
-    data.add_argument(
-        "--mel_noise",
-        type=float,
-        default=0.2,
-        help="deviation of the noise on the input, in log-mel units; a pipeline "
-        "with this vocoder needs the same as its `mel_noise`",
-    )
 
     objective = parser.add_argument_group("objective", "the weights of the generator's losses")
-    objective.add_argument("--spectrogram_weight", type=float, default=7.5, help="of the energy distance of spectra")
-    objective.add_argument("--adversarial_weight", type=float, default=1.0, help="0 leaves the discriminators out")
+    objective.add_argument("--spectrogram_weight", type=float, default=1.0, help="of the energy distance of spectra")
+    objective.add_argument("--adversarial_weight", type=float, default=0.0, help="0 leaves the discriminators out")
     objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
     objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
-    objective.add_argument("--coherence_weight", type=float, default=0.0, help="of what two sounds of one input share")
     objective.add_argument("--decoder_weight", type=float, default=5.0, help="of that of the decoder's spectrograms")
     objective.add_argument(
         "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
@@ -137,14 +135,14 @@ def parse_args(argv=None):
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--train_batch_size", type=int, default=8, help="segments per process and step")
     steps.add_argument("--max_train_steps", type=int, default=100000)
-    steps.add_argument("--learning_rate", type=float, default=5e-4)
+    steps.add_argument("--learning_rate", type=float, default=1e-4)
     steps.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="5e-4 wins too early")
     steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--adam_beta1", type=float, default=0.8)
     steps.add_argument("--adam_beta2", type=float, default=0.99)
     steps.add_argument("--adam_weight_decay", type=float, default=0.0)
-    steps.add_argument("--max_grad_norm", type=float, default=100.0, help="of the generator; 0 turns clipping off")
+    steps.add_argument("--max_grad_norm", type=float, default=10.0, help="of the generator; 0 turns clipping off")
     steps.add_argument("--ema_decay", type=float, default=0.999, help="of the average of the generator that is saved")
     steps.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: accelerate's setting")
     steps.add_argument("--seed", type=int, default=0)
@@ -181,8 +179,8 @@ def parse_args(argv=None):
         parser.error(f"--seed has to be at least 0, not {args.seed}")
     if not 0 <= args.proportion_reconstructed <= 1:
         parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
-    if args.mel_noise < 0:
-        parser.error(f"--mel_noise has to be at least 0, not {args.mel_noise}")
+    if args.num_noise_channels < 0:
+        parser.error(f"--num_noise_channels has to be at least 0, not {args.num_noise_channels}")
     if not any((args.adversarial_weight, args.spectrogram_weight, args.mel_weight)):
         parser.error("--adversarial_weight, --spectrogram_weight and --mel_weight are all 0: nothing would be learnt")
     if args.train_decoder and not args.vae:
@@ -205,136 +203,21 @@ def load_vocoder(args):
         vocoder = SpeechT5HifiGan.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     else:
         config = VOCODER_CONFIG | (json.loads(Path(args.config).read_text()) if args.config else {})
+        config.setdefault("model_in_dim", NUM_MEL_BINS + args.num_noise_channels)
         if args.upsample_initial_channel:
             config["upsample_initial_channel"] = args.upsample_initial_channel
         torch.manual_seed(args.seed)  # of the random weights
         vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(**config))
-        initialise(vocoder, args.mel_noise)
+        initialise(vocoder, args.num_noise_channels)
     config = vocoder.config
-    wanted = (MEL_SAMPLING_RATE, NUM_MEL_BINS, MEL_HOP_LENGTH, False)
+    wanted = (MEL_SAMPLING_RATE, NUM_MEL_BINS + args.num_noise_channels, MEL_HOP_LENGTH, False)
     came = (config.sampling_rate, config.model_in_dim, math.prod(config.upsample_rates), config.normalize_before)
     if came != wanted:
         raise ValueError(
-            f"the vocoder's sampling rate, mel bins, product of `upsample_rates` and `normalize_before` have to be "
-            f"{wanted}, not {came}"
+            "the vocoder's sampling rate, `model_in_dim` (mel bins and --num_noise_channels), product of "
+            f"`upsample_rates` and `normalize_before` have to be {wanted}, not {came}"
         )
     return vocoder
-
-
-@torch.no_grad()
-def initialise(vocoder, mel_noise):
-    """Random weights, of which a part makes a noise vocoder: before any training it sounds like its spectrogram.
-
-    What a GAN takes longest to find is where to take chance from. A steady input repeats itself every frame, and so
-    does the output of convolutions, which is heard as a buzz. Here the first layer adds to each mel band two random
-    sums of how all bands differ from the frames beside, and bends the results like an exponential function. Their
-    difference is a random amplitude, as loud as the band. The first upsampler multiplies it with a grain of noise of
-    32 ms in that band; everything after it hands samples on. All that can be trained away from.
-
-    Args:
-        mel_noise (`float`): deviation of the noise on the log-mel spectrograms, from which most of the chance comes.
-            With 0 there is nothing to make noise of, and all weights are plain random ones.
-    """
-    config = vocoder.config
-    for module in vocoder.modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            fan_in = module.in_channels * module.kernel_size[0] / module.stride[0]
-            module.weight.normal_(std=fan_in**-0.5)
-            module.bias.zero_()
-    first = vocoder.conv_pre
-    first.weight.div_(3)  # log-mel values vary by 3 around -6
-    first.bias.copy_(6 * first.weight.sum((1, 2)))
-    for block in vocoder.resblocks:
-        for layer in block.convs2:
-            layer.weight.mul_(0.3)  # the sum of the branches stays as loud as what they are added to
-
-    # how many samples of the waveform one channel of each stage stands for, two channels of opposite sign each
-    sizes = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
-    num_knots = first.out_channels // NUM_MEL_BINS // 2 - 1
-    too_narrow = num_knots < 1 or any(2 * size > up.out_channels for size, up in zip(sizes, vocoder.upsampler))
-    if too_narrow or mel_noise == 0:
-        vocoder.conv_post.weight.mul_(0.1)
-        return
-    slope = config.leaky_relu_slope
-
-    # 1. Random amplitudes: units of the first layer for each band, twice
-    knots = torch.linspace(-7, -1, num_knots) if num_knots > 1 else torch.tensor([-3.0])
-    # slopes of the exponential's chords between the knots, and of its last part, up to 2
-    ends = torch.cat([knots, torch.tensor([2.0])])
-    chords = ends.exp().diff() / ends.diff()
-    # sum of c_j lrelu(x - k_j) + b lrelu(k_0 - x) with those slopes, and 0 below k_0, where b = slope sum(c)
-    system = torch.full((num_knots, num_knots), slope).tril(-1).T + torch.ones(num_knots, num_knots).tril() - slope**2
-    weights = torch.linalg.solve(system, chords)
-    weights = torch.cat([weights, slope * weights.sum()[None]])
-    jumps = torch.randn(NUM_MEL_BINS, 2, NUM_MEL_BINS)
-    jumps -= jumps.mean(2, keepdim=True)  # an onset in all bands is no chance
-    jumps *= 0.4 / mel_noise / 1.5**0.5 / jumps.norm(dim=2, keepdim=True)
-    middle = first.kernel_size[0] // 2
-    amplitude_of = torch.zeros(first.out_channels, NUM_MEL_BINS)
-    unit = 0
-    for band in range(NUM_MEL_BINS):
-        for side in range(2):
-            kernel = torch.zeros(NUM_MEL_BINS, first.kernel_size[0])
-            kernel[:, middle] += jumps[band, side]
-            kernel[:, [middle - 1, middle + 1]] -= 0.5 * jumps[band, side, :, None]
-            kernel[band, middle] += 1
-            for i in range(num_knots + 1):
-                sign = 1 if i < num_knots else -1  # the last one looks at what is below the first knot
-                first.weight[unit] = sign * kernel
-                first.bias[unit] = -sign * knots[i % num_knots]
-                amplitude_of[unit, band] = weights[i] * (1 if side == 0 else -1)
-                unit += 1
-
-    # 2. Grains
-    up = vocoder.upsampler[0]
-    length = up.kernel_size[0] * sizes[0]
-    frequencies = torch.fft.rfftfreq(length, 1 / MEL_SAMPLING_RATE)
-    filters = torch.as_tensor(
-        mel_filter_bank(
-            len(frequencies),
-            NUM_MEL_BINS,
-            0,
-            MEL_SAMPLING_RATE / 2,
-            MEL_SAMPLING_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        ),
-        dtype=torch.float32,
-    )
-    grains = torch.fft.irfft(filters.T * torch.randn(NUM_MEL_BINS, len(frequencies), dtype=torch.complex64), n=length)
-    grains *= torch.hann_window(length)
-    grains *= SIGNAL_SCALE / grains.norm(dim=1, keepdim=True)
-
-    # 3. Samples handed on
-    for i, (size, up) in enumerate(zip(sizes, vocoder.upsampler)):
-        used = slice(0, 2 * size)
-        if i == 0:
-            up.weight.mul_(0.05)  # what is not handed on starts out weak
-        up.weight[:, used] = 0
-        if i > 0:
-            for channel in range(2 * size):
-                sample, sign = channel // 2, 1 - 2 * (channel % 2)
-                for phase in range(up.stride[0]):
-                    source = 2 * (phase * size + sample)
-                    up.weight[source, channel, phase + up.padding[0]] = sign / (1 + slope)
-                    up.weight[source + 1, channel, phase + up.padding[0]] = -sign / (1 + slope)
-        for block in vocoder.resblocks[i * vocoder.num_kernels : (i + 1) * vocoder.num_kernels]:
-            for layer in block.convs2:
-                layer.weight[used] = 0
-    vocoder.conv_post.weight.mul_(0.01)
-    vocoder.conv_post.weight[:, :2] = 0
-    vocoder.conv_post.weight[0, 0, vocoder.conv_post.kernel_size[0] // 2] = 0.5 / SIGNAL_SCALE
-    vocoder.conv_post.weight[0, 1, vocoder.conv_post.kernel_size[0] // 2] = -0.5 / SIGNAL_SCALE
-
-    # levels as in the spectrogram, at one that is heard
-    level = torch.full((1, 400, NUM_MEL_BINS), -1.0)
-    mel = level + mel_noise * torch.randn(level.shape)
-    for _ in range(4):
-        table = (amplitude_of @ grains).unflatten(1, (-1, sizes[0])).transpose(1, 2)  # (units, samples, taps)
-        vocoder.upsampler[0].weight[:, : 2 * sizes[0] : 2] = table
-        vocoder.upsampler[0].weight[:, 1 : 2 * sizes[0] : 2] = -table
-        made = log_mel_spectrogram(Generator(vocoder)(mel)[0])
-        grains *= (level - made)[:, 10:-10].mean((0, 1)).exp()[:, None]
 
 
 class Generator(nn.Module):
@@ -351,17 +234,16 @@ class Generator(nn.Module):
         super().__init__()
         self.vocoder, self.vae = vocoder, vae
 
-    def forward(self, inputs):
-        """(batch, num_frames, num_mel_bins), or latents of them with context, to waveforms (batch, num_frames * hop)
-        and the mel spectrograms they are of."""
-        if self.vae is None:
-            return self.vocode(inputs), inputs
-        mel = without_context(self.vae.decode(inputs).sample[:, 0].float())
-        return self.vocode(mel), mel
+    def forward(self, mel, noise):
+        """(batch, num_frames, num_mel_bins), or latents of them with context, and (batch, num_frames, channels) of
+        noise, to waveforms (batch, num_frames * hop) and the mel spectrograms they are of."""
+        if self.vae is not None:
+            mel = without_context(self.vae.decode(mel).sample[:, 0].float())
+        return self.vocode(torch.cat([mel, noise], dim=2)), mel
 
-    def vocode(self, mel):
+    def vocode(self, inputs):
         vocoder, slope = self.vocoder, self.vocoder.config.leaky_relu_slope
-        hidden = mel.transpose(1, 2).unsqueeze(2).to(memory_format=torch.channels_last)  # (batch, bins, 1, frames)
+        hidden = inputs.transpose(1, 2).unsqueeze(2).to(memory_format=torch.channels_last)  # (batch, bins, 1, frames)
         hidden = conv(vocoder.conv_pre, hidden)
         for i, upsampler in enumerate(vocoder.upsampler):
             hidden = F.conv_transpose2d(
@@ -379,9 +261,9 @@ class Generator(nn.Module):
                     state = conv(conv2, branch).add_(state)
                 total = total + state
             hidden = total / vocoder.num_kernels
-        with torch.autocast(mel.device.type, enabled=False):
+        with torch.autocast(inputs.device.type, enabled=False):
             waveform = conv(vocoder.conv_post, F.leaky_relu(hidden.float())).tanh()[:, 0, 0]  # (batch, time)
-        return waveform[:, : mel.shape[1] * MEL_HOP_LENGTH]  # the pipeline cuts the 32 samples at the end too
+        return waveform[:, : inputs.shape[1] * MEL_HOP_LENGTH]  # the pipeline cuts the 32 samples at the end too
 
 
 def conv(layer, hidden):
@@ -546,22 +428,6 @@ def spectral_distance(a, b):
     return total / len(a)
 
 
-def coherence(first, second):
-    """How much two sounds made of one input are the same, 0 to 1: the coherence of their STFTs over the segment, mean
-    over bins. Two noises in T frames have about T**-0.5."""
-    values = []
-    for length in (512, 1024):
-        window = torch.hann_window(length, device=first.device)
-        a, b = (
-            torch.stft(each, length, length // 2, window=window, center=False, return_complex=True)
-            for each in (first, second)
-        )
-        inner = torch.view_as_real((a * b.conj()).sum(2)).square().sum(-1)  # (batch, num_bins)
-        norms = [torch.view_as_real(each).square().sum((2, 3)) for each in (a, b)]
-        values.append(((inner + 1e-12) / (norms[0] * norms[1] + 1e-12)).sqrt().mean())
-    return sum(values) / len(values)
-
-
 def feature_distance(a, b):
     """Mean absolute difference of feature maps, each in units of its mean, or deep maps would hardly count.
 
@@ -637,41 +503,40 @@ def without_context(mel):
 
 
 def inputs_of(args, vae, batch, device):
-    """What the generator reads, and the waveforms `(batch, num_frames * hop)` and mel spectrograms
-    `(batch, num_frames, num_mel_bins)` that belong to it.
+    """What the generator reads of a batch of segments, and the waveforms `(batch, num_frames * hop)` and mel
+    spectrograms `(batch, num_frames, num_mel_bins)` that belong to it.
 
     The generator reads two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one
-    draw. The two differ by `--mel_noise`, and by the draw of the posterior where they went through the VAE. With
-    `--train_decoder` it reads the two latents instead, with context.
+    draw, and noise `(2 * batch, num_frames, num_noise_channels)`. The two differ by the noise, and by the draw of the
+    posterior where they went through the VAE. With `--train_decoder` it reads latents instead, with context.
     """
     waveform = torch.stack(batch["waveform"]).to(device)
     keys = list(zip(batch["epoch"], batch["index"]))
     recorded = log_mel_spectrogram(waveform)
     num_context = NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH
     targets = waveform[:, num_context:-num_context], without_context(recorded)
+    generators = [keyed_generator(args.seed, NOISE, *key) for key in keys]
+    shape = (len(keys), args.num_segment_frames, args.num_noise_channels)
+    noise = torch.cat([sample_noise(shape, generators, device) for _ in range(2)])
+    generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
     if args.train_decoder:
-        generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
         with torch.no_grad():
             posterior = vae.encode(recorded.unsqueeze(1)).latent_dist
-            return torch.cat([draw_latents(posterior, generators) for _ in range(2)]), *targets
+            return torch.cat([draw_latents(posterior, generators) for _ in range(2)]), noise, *targets
     draws = [recorded.clone() for _ in range(2)]
     if vae is not None:
-        generators = [keyed_generator(args.seed, RECONSTRUCTION, *key) for key in keys]
         chosen = torch.stack([torch.rand((), generator=each) for each in generators]) < args.proportion_reconstructed
         rows = chosen.nonzero()[:, 0].tolist()
         for mel in draws if rows else ():
             mel[rows] = reconstruct(vae, recorded[rows], [generators[row] for row in rows])
-    generators = [keyed_generator(args.seed, MEL_NOISE, *key) for key in keys]
-    for mel in draws:
-        mel += args.mel_noise * sample_noise(mel.shape, generators, device)
-    return without_context(torch.cat(draws)), *targets
+    return without_context(torch.cat(draws)), noise, *targets
 
 
 # Validation and results
 
 
 @torch.no_grad()
-def copy_synthesis(vocoder, mel, waveform):
+def copy_synthesis(vocoder, mel, noise, waveform):
     """Vocode `mel` and compare with the recording, all of batch size 1.
 
     Returns:
@@ -679,7 +544,7 @@ def copy_synthesis(vocoder, mel, waveform):
         over STFTs of 2048, 512 and 128 samples. Two draws of one noise already differ
         in the latter by ln 2 on average (half the mean of a standard logistic variable's absolute value).
     """
-    made = vocoder(mel)[:, : waveform.shape[1]]
+    made = vocoder(torch.cat([mel, noise], dim=2))[:, : waveform.shape[1]]
     errors = []
     for length in (2048, 512, 128):
         window = torch.hann_window(length, device=waveform.device)
@@ -710,9 +575,8 @@ def validate(args, accelerator, vocoder, vae, waveforms, step):
             mels["-reconstructed"] = reconstruct(vae, mels[""], generators)
         figures = []
         for name, mel in mels.items():
-            if not args.train_decoder:
-                mel = mel + args.mel_noise * sample_noise(mel.shape, generators, mel.device)
-            made, *errors = copy_synthesis(vocoder, mel, waveform)
+            noise = sample_noise((*mel.shape[:2], args.num_noise_channels), generators, mel.device)
+            made, *errors = copy_synthesis(vocoder, mel, noise, waveform)
             figures += errors
             if index in kept:
                 keep_sound(folder, f"{index}{name}", made[0].cpu().numpy())
@@ -868,8 +732,8 @@ def train(args):
         disable=not accelerator.is_local_main_process,
     )
     for batch in loader:
-        inputs, waveform, recorded = inputs_of(args, vae, batch, device)
-        made, mel = generator(inputs)
+        inputs, noise, waveform, recorded = inputs_of(args, vae, batch, device)
+        made, mel = generator(inputs, noise)
         figures, loss = {}, 0.0
         if args.adversarial_weight:
             # discriminators first, on recorded and made ones in one pass
@@ -902,9 +766,6 @@ def train(args):
             pictures = map(spectra, (waveform, first, second))
             figures["spectrogram_loss"] = energy_distance(spectral_distance, *pictures)
             loss = loss + args.spectrogram_weight * figures["spectrogram_loss"]
-        if args.coherence_weight:
-            figures["coherence"] = coherence(first, second)
-            loss = loss + args.coherence_weight * figures["coherence"]
         if args.train_decoder:
             figures["decoder_loss"] = energy_distance(F.l1_loss, recorded, *mel.chunk(2))
             loss = loss + args.decoder_weight * figures["decoder_loss"]

@@ -18,6 +18,7 @@ import torch
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.pipeline_tango import NUM_MEL_BINS
 
 
 HERE = Path(__file__).parent
@@ -100,7 +101,6 @@ def main(argv=None):
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the pipeline's")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--mel_noise", type=float, default=0.0, help="what the vocoder was trained with")
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
     parser.add_argument("--figures", type=Path, help="Markdown with what was measured")
@@ -128,7 +128,7 @@ def main(argv=None):
         default_audio_length_in_s=args.audio_length_in_s,
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
-        mel_noise=args.mel_noise,
+        num_noise_channels=pipe.vocoder.config.model_in_dim - NUM_MEL_BINS,
     )
     card = (HERE / "card.md").read_text()
     for name, text in {
