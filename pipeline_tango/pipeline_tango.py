@@ -17,6 +17,7 @@ This file is the whole inference path and imports no other file of its package: 
 bytes as `pipeline.py`. "The original" below is the code that the released checkpoints were trained with.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -45,6 +46,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
@@ -85,6 +87,8 @@ SILENT_PEAK = 1e-4  # three steps of 16-bit audio
 CROSSFADE_IN_S = 0.02
 SEAM_CONTEXT_IN_S = 0.5  # over how much kept sound the colour of the made sound beside it is matched
 MAX_MATCH_DB = 12.0
+
+DEEP_CACHE_HOOK = "deep_cache"
 
 
 @functools.lru_cache(maxsize=1)
@@ -512,6 +516,100 @@ def blend_windows(function, inputs, num_frames_in_window, num_windows_at_once=1,
     return total / total_weights
 
 
+def step_of_evaluation(i, scheduler):
+    """Which step, counted from 0, the UNet's `i`-th evaluation of a run belongs to."""
+    if not isinstance(scheduler, PNDMScheduler):
+        return i // scheduler.order
+    if scheduler.config.skip_prk_steps:
+        return max(i - 1, 0)  # the first step is taken twice
+    return i // 4 if i < 12 else i - 9  # three Runge-Kutta steps of four evaluations
+
+
+class DeepCache:
+    """What the hooks of a UNet share that computes only its shallowest branch in some evaluations.
+
+    That branch is the first convolution, the last resnet and attention of the last up block, which that convolution
+    skips to, and the last convolution. What the rest makes, the other input of that resnet, changes slowly from one
+    evaluation to the next and is kept: DeepCache (Ma et al. 2023, arXiv 2312.00858).
+
+    Args:
+        interval (`int`): every how many evaluations everything is computed.
+        num_skip_channels (`int`): channels of the first convolution's output.
+    """
+
+    def __init__(self, interval, num_skip_channels):
+        self.interval = interval
+        self.num_skip_channels = num_skip_channels
+        self.mode = "off"  # for the hooks: "keep" sets `features`, "reuse" reads them
+        self.features = None  # (rows, channels, frames, bins)
+        self.reset()
+
+    def reset(self):
+        """Forget what was kept, so that everything is computed next."""
+        self.kept = {}  # first frame of a window -> features
+        self.age = 0  # evaluations since the last full one
+        self.is_guided = False  # whether `kept` has the unconditional rows
+
+    def advance(self, is_guided):
+        """Begin an evaluation: a full one if what is kept is too old or lacks the unconditional rows."""
+        self.age += 1
+        if not self.kept or self.age == self.interval or (is_guided and not self.is_guided):
+            self.kept, self.age, self.is_guided = {}, 0, is_guided
+
+    @contextlib.contextmanager
+    def window(self, start, num_rows):
+        """Within this context the UNet gets the windows from frame `start` on, as `num_rows` rows."""
+        self.mode = "reuse" if self.age else "keep"
+        if self.age:
+            self.features = self.kept[start][-num_rows:]  # the conditional rows are the last
+        try:
+            yield
+            if not self.age:
+                self.kept[start] = self.features.clone()  # without the tensor that it is a part of
+        finally:
+            self.mode, self.features = "off", None
+
+
+class DeepModuleHook(ModelHook):
+    """Skips a module while kept features are reused.
+
+    Args:
+        cache ([`DeepCache`])
+        placeholder (`Callable`): makes of a tensor without channels what the module's caller expects.
+    """
+
+    def __init__(self, cache, placeholder):
+        super().__init__()
+        self.cache = cache
+        self.placeholder = placeholder
+
+    def new_forward(self, module, hidden_states, *args, **kwargs):
+        if self.cache.mode == "reuse":
+            return self.placeholder(hidden_states[:, :0])
+        return self.fn_ref.original_forward(hidden_states, *args, **kwargs)
+
+
+class ShallowResnetHook(ModelHook):
+    """Keeps the deep features among the input channels of the last resnet, or puts kept ones there."""
+
+    _is_stateful = True
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+    def pre_forward(self, module, hidden_states, *args, **kwargs):
+        if self.cache.mode == "keep":
+            self.cache.features = hidden_states[:, : -self.cache.num_skip_channels]
+        elif self.cache.mode == "reuse":
+            hidden_states = torch.cat([self.cache.features, hidden_states], dim=1)  # (rows, channels, frames, bins)
+        return (hidden_states, *args), kwargs
+
+    def reset_state(self, module):
+        self.cache.reset()
+        return module
+
+
 class TangoLoraLoaderMixin(LoraBaseMixin):
     """Loads and saves LoRA adapters of the UNet. The rest (`set_adapters`, `unload_lora_weights`,
     `enable_lora_hotswap`, ...) is [`~loaders.lora_base.LoraBaseMixin`]'s."""
@@ -800,11 +898,14 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                                 f"The text encoder reads at most {num_tokens} tokens. This end of the prompt was cut "
                                 f"off: {self.tokenizer.decode(ids[num_tokens - 1 :])!r}"
                             )
+                distinct = list(dict.fromkeys(text))  # each is encoded once, as the one negative prompt of a batch
                 inputs = self.tokenizer(
-                    text, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
+                    distinct, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
                 )
                 mask = inputs.attention_mask.to(device)
                 embeds = self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
+                rows = [distinct.index(each) for each in text]
+                embeds, mask = embeds[rows], mask[rows]
             padding = num_tokens - embeds.shape[1]
             embeds = F.pad(embeds.to(device, dtype), (0, 0, 0, padding))  # (batch, tokens, hidden)
             mask = F.pad(mask.to(device), (0, padding))  # (batch, tokens)
@@ -813,6 +914,78 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         outputs += [None] * (4 - len(outputs))
         prompt_embeds, attention_mask, negative_prompt_embeds, negative_attention_mask = outputs
         return prompt_embeds, attention_mask, negative_prompt_embeds, negative_attention_mask
+
+    def enable_deep_cache(self, interval: int = 3):
+        """Compute the whole UNet only in every `interval`-th evaluation, and its shallowest branch, a thirteenth of
+        the work, in between.
+
+        Counted are evaluations: second-order schedulers take two for a step. A window keeps its own features, 5 MB a
+        row at full size in float32, until the call ends. Where guidance begins everything is computed, since the
+        features have no unconditional rows. Works with LoRA, offloading and `torch.compile`, but not with group
+        offloading by streams, which needs modules to run in one order.
+
+        It belongs to the UNet, so to every pipeline that shares it, and is not saved.
+
+        Args:
+            interval (`int`, *optional*, defaults to 3): 1 computes everything always.
+
+        Raises:
+            ValueError: if `interval` is no positive integer, or the UNet has blocks of other kinds.
+
+        Source: DeepCache (Ma et al. 2023, arXiv 2312.00858).
+        """
+        if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 1:
+            raise ValueError(f"`interval` has to be an integer of at least 1, not {interval!r}.")
+        if self.unet is None:
+            raise ValueError("This pipeline was built without `unet`, which a deep cache is for.")
+        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+        strangers = {type(block).__name__ for block in (*self.unet.down_blocks, *self.unet.up_blocks)} - known
+        if strangers:
+            raise ValueError(f"`unet` has blocks that a deep cache cannot skip: {sorted(strangers)}.")
+        self.disable_deep_cache()
+
+        def skip(module, placeholder):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(
+                DeepModuleHook(cache, placeholder), DEEP_CACHE_HOOK
+            )
+
+        cache = DeepCache(interval, self.unet.conv_in.out_channels)
+        for block in self.unet.down_blocks:
+            num_outputs = len(block.resnets) + len(block.downsamplers or ())
+            skip(block, lambda nothing, num_outputs=num_outputs: (nothing, (nothing,) * num_outputs))
+        *up_blocks, last_block = self.unet.up_blocks
+        *resnets, last_resnet = last_block.resnets
+        for module in (self.unet.mid_block, *up_blocks, *resnets):
+            if module is not None:
+                skip(module, lambda nothing: nothing)
+        for attention in getattr(last_block, "attentions", [])[:-1]:
+            skip(attention, lambda nothing: (nothing,))
+        HookRegistry.check_if_exists_or_initialize(last_resnet).register_hook(
+            ShallowResnetHook(cache), DEEP_CACHE_HOOK
+        )
+
+    def disable_deep_cache(self):
+        """Undo `enable_deep_cache`. Does nothing if there is no deep cache."""
+        if self.deep_cache is None:
+            return
+        for module in self.unet.modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.remove_hook(DEEP_CACHE_HOOK, recurse=False)
+
+    @property
+    def deep_cache(self):
+        """The UNet's [`DeepCache`], `None` if it has none."""
+        if self.unet is None:
+            return None
+        registry = getattr(self.unet.up_blocks[-1].resnets[-1], "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook(DEEP_CACHE_HOOK)
+        return None if hook is None else hook.cache
+
+    def maybe_free_model_hooks(self):
+        """Offload the models after a call, and drop what a deep cache kept for it."""
+        super().maybe_free_model_hooks()
+        if self.deep_cache is not None:
+            self.deep_cache.reset()
 
     def save_pretrained(
         self,
@@ -993,6 +1166,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         window_batch_size=1,
         window_order="joint",
         stream=False,
+        guidance_interval=(0.0, 1.0),
     ):
         """Raise a `ValueError` that names the argument for everything that can be known to be wrong before a model
         runs. Arguments as in `__call__`."""
@@ -1044,6 +1218,16 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` has to be between 0 and 1, not {guidance_rescale}.")
+        if (
+            not isinstance(guidance_interval, (list, tuple))
+            or len(guidance_interval) != 2
+            or not all(isinstance(each, Real) and not isinstance(each, bool) for each in guidance_interval)
+            or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                "`guidance_interval` has to be (start, stop) with 0 <= start < stop <= 1, not "
+                f"{guidance_interval!r:.200}."
+            )
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"`eta` has to be between 0 and 1, not {eta}.")
         if window_length_in_s is not None and not 0 < window_length_in_s < 1e9:
@@ -1333,6 +1517,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         window_batch_size: int = 1,
         window_order: str = "joint",
         stream: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ):
         """Generate sound from text, or from text and sound.
 
@@ -1428,6 +1613,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Whether to return an iterator of stretches of sound, `(batch, some samples)` each, which joined are
                 the whole. With `window_order="sequential"` each comes as soon as its window is done. A call that is
                 streaming has to be exhausted before the next.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                Which part of the steps that are taken is guided: step k of n, counted from 0, if `start <= k / n <
+                stop`. The others cost half. Has no effect without guidance, nor on UNets that were distilled with it.
+                (https://huggingface.co/papers/2404.07724)
 
         Returns:
             [`~pipelines.AudioPipelineOutput`] or `tuple`: `audios` of shape `(batch, num_samples)`, float32 in
@@ -1495,6 +1684,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             window_batch_size,
             window_order,
             stream,
+            guidance_interval,
         )
         sampling_rate = self.vocoder.config.sampling_rate
         num_samples = round(audio_length_in_s * sampling_rate)
@@ -1533,7 +1723,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             sigmas,
             strength=1.0 if strength is None else strength,
             adds_noise=placed is not None or len(spans) > 1,
-            device=device,
         )
         self._num_timesteps = len(set_timesteps()[0])
 
@@ -1586,6 +1775,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_frames_in_window,
             window_batch_size,
             guidance_rescale,
+            guidance_interval,
             self.prepare_extra_step_kwargs(generator, eta),
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -1617,19 +1807,19 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             return (audio,)
         return AudioPipelineOutput(audios=audio)
 
-    def _set_timesteps(self, num_inference_steps, timesteps, sigmas, strength, adds_noise, device):
-        """Set up the scheduler, which forgets what it remembered of an earlier run.
+    def _set_timesteps(self, num_inference_steps, timesteps, sigmas, strength, adds_noise):
+        """Set up the scheduler, which forgets what it remembered of an earlier run. It works on the CPU, where its
+        tables are: looking up a timestep of a GPU in them would wait for that at every step.
 
         Returns:
             The timesteps to take, after leaving out the share that `strength` says, and the number of steps.
         """
-        device = "cpu" if is_torch_xla_available() else device
         if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            self.scheduler.set_timesteps(timesteps=timesteps, device="cpu")
         elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+            self.scheduler.set_timesteps(sigmas=sigmas, device="cpu")
         else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         order = self.scheduler.order
         if timesteps is not None or sigmas is not None:
             num_inference_steps = math.ceil(len(self.scheduler.timesteps) / order)
@@ -1670,6 +1860,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         num_frames_in_window,
         window_batch_size,
         guidance_rescale,
+        guidance_interval,
         extra_step_kwargs,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
@@ -1692,6 +1883,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         for begin, end in spans:
             timesteps, num_inference_steps = set_timesteps()
+            unet_timesteps = timesteps.float().to(latents.device)  # exact, and some devices have no float64
             num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
             frames = slice(begin, end)
             latents = all_latents[:, :, frames]
@@ -1701,12 +1893,21 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 noisy = self.scheduler.add_noise(known[:, :, frames], noise[:, :, frames], timesteps[:1])
                 latents = torch.where(is_made[:, :, frames] > 0, latents, noisy)
 
+            texts = {}  # of windows, by the first frame and whether they are guided
+            deep_cache = self.deep_cache
+            if deep_cache is not None:
+                deep_cache.reset()
             with self.progress_bar(total=num_inference_steps) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
                         continue
 
-                    num_rows = num_texts * 2 if self.do_classifier_free_guidance else num_texts
+                    progress = step_of_evaluation(i, self.scheduler) / num_inference_steps
+                    is_in_interval = guidance_interval[0] <= progress < guidance_interval[1]
+                    is_guided = self.do_classifier_free_guidance and is_in_interval
+                    if deep_cache is not None:
+                        deep_cache.advance(is_guided)
+                    num_rows = num_texts * 2 if is_guided else num_texts
                     if min(prompt_embeds.shape[0], attention_mask.shape[0]) < num_rows:
                         raise ValueError(
                             f"`callback_on_step_end` left {prompt_embeds.shape[0]} rows of `prompt_embeds` and "
@@ -1714,20 +1915,19 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                         )
 
                     def predict(windows, starts):
-                        middles = [(begin + start + windows.shape[2] / 2) / frames_per_s for start in starts]
-                        texts = [texts_at(each, keyframes, num_waveforms_per_prompt) for each in middles]
-                        rows, next_rows, shares = (torch.cat(each).to(windows.device) for each in zip(*texts))
-                        return self._guided_prediction(
-                            windows,
-                            t,
-                            prompt_embeds,
-                            attention_mask,
-                            rows - num_texts,
-                            next_rows - num_texts,
-                            shares,
-                            num_texts,
-                            guidance_rescale,
-                        )
+                        key = starts[0], is_guided
+                        if key not in texts:
+                            middles = [(begin + start + windows.shape[2] / 2) / frames_per_s for start in starts]
+                            texts[key] = self._window_texts(
+                                prompt_embeds, attention_mask, middles, keyframes, num_waveforms_per_prompt, is_guided
+                            )
+                        context = contextlib.nullcontext()
+                        if deep_cache is not None:
+                            context = deep_cache.window(starts[0], len(texts[key][0]))
+                        with context:
+                            return self._guided_prediction(
+                                windows, unet_timesteps[i], *texts[key], is_guided, guidance_rescale
+                            )
 
                     latent_model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
                     model_pred = blend_windows(predict, latent_model_input, num_frames_in_window, window_batch_size)
@@ -1744,6 +1944,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                         for name in callback_on_step_end_tensor_inputs:
                             callback_kwargs[name] = locals()[name]
                         callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                        if not {"prompt_embeds", "attention_mask"}.isdisjoint({*callback_kwargs, *callback_outputs}):
+                            texts.clear()
                         latents = callback_outputs.pop("latents", latents)
                         prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                         attention_mask = callback_outputs.pop("attention_mask", attention_mask)
@@ -1761,54 +1963,65 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 is_made[:, :, frames] = 0
             yield all_latents, end
 
+    def _window_texts(
+        self, prompt_embeds, attention_mask, middles_in_s, keyframes, num_waveforms_per_prompt, is_guided
+    ):
+        """Text that guides windows around `middles_in_s`: negative rows if `is_guided`, those of the prompt, and those
+        of what it moves to, if any does.
+
+        Returns:
+            Embeddings and their mask, of as many rows, and the share of what the prompt moves to, of shape
+            `(windows * batch, 1, 1, 1)`, `None` if none moves.
+        """
+        texts = [texts_at(each, keyframes, num_waveforms_per_prompt) for each in middles_in_s]
+        rows, next_rows, shares = (torch.cat(each) for each in zip(*texts))  # (windows * batch,)
+        # counted from the end, since a callback that turns guidance off may leave the negative rows in place
+        num_texts = sum(map(len, keyframes)) * num_waveforms_per_prompt
+        parts = [rows - 2 * num_texts, rows - num_texts] if is_guided else [rows - num_texts]
+        is_moving = (shares > 0).any()
+        if is_moving:
+            parts.append(next_rows - num_texts)
+        rows = torch.cat(parts).to(prompt_embeds.device)
+        shares = shares[:, None, None, None].to(prompt_embeds.device) if is_moving else None
+        return prompt_embeds[rows], attention_mask[rows], shares
+
     def _guided_prediction(
         self,
         latent_model_input,
         t,
-        prompt_embeds,
-        attention_mask,
-        rows,
-        next_rows,
+        encoder_hidden_states,
+        encoder_attention_mask,
         shares,
-        num_texts,
+        is_guided,
         guidance_rescale,
     ):
-        """The UNet's prediction under classifier-free guidance, in one batch.
-
-        Args:
-            rows, next_rows (`torch.Tensor` of shape `(batch,)`): rows of each sound's text and of the one that it
-                moves to, counted from the end of the text tensors, since a callback that turns guidance off may leave
-                the negative ones, which stand first, in place.
-            shares (`torch.Tensor` of shape `(batch,)`): of the text in `next_rows`.
-        """
-        texts = [rows]
-        if self.do_classifier_free_guidance:
-            texts.insert(0, rows - num_texts)
-        if is_moving := bool((shares > 0).any()):
-            texts.append(next_rows)
-        latent_model_input = torch.cat([latent_model_input] * len(texts))
-        texts = torch.cat(texts)
+        """The UNet's prediction, under classifier-free guidance if `is_guided`, in one batch. The texts are those of
+        `_window_texts`."""
+        num_parts = len(encoder_hidden_states) // len(latent_model_input)
+        latent_model_input = torch.cat([latent_model_input] * num_parts)
         timestep_cond = None
         if self.unet.config.time_cond_proj_dim is not None:
             # a guidance-distilled UNet reads w - 1 (https://huggingface.co/papers/2310.04378)
-            weights = torch.full((len(texts),), (self.guidance_scale - 1) * 1000.0, device=texts.device)
+            weights = torch.full(
+                (len(latent_model_input),), (self.guidance_scale - 1) * 1000.0, device=latent_model_input.device
+            )
             timestep_cond = get_timestep_embedding(
                 weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
             ).to(self.unet.dtype)
         model_preds = self.unet(
             latent_model_input,
             t,
-            encoder_hidden_states=prompt_embeds[texts],
-            encoder_attention_mask=attention_mask[texts],
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             timestep_cond=timestep_cond,
             cross_attention_kwargs=self.cross_attention_kwargs,
             return_dict=False,
         )[0].float()
 
-        *model_preds, model_pred = model_preds.chunk(len(texts) // len(rows))
-        if is_moving:
-            model_pred = torch.lerp(model_preds.pop(), model_pred, shares[:, None, None, None])
-        if model_preds:
+        *model_preds, model_pred = model_preds.chunk(num_parts)
+        if shares is not None:
+            model_pred = torch.lerp(model_preds.pop(), model_pred, shares)
+        if is_guided:
             model_pred_uncond, model_pred_text = model_preds[0], model_pred
             model_pred = model_pred_uncond + self.guidance_scale * (model_pred_text - model_pred_uncond)
             if guidance_rescale > 0:

@@ -1,0 +1,452 @@
+import json
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import build_components
+from diffusers import UNet2DConditionModel
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline_tango import SCHEDULERS, TangoPipeline
+
+
+MOVING = [(0.0, "rain"), (0.6, "dog")]
+LONG = {"audio_length_in_s": 0.6, "window_length_in_s": 0.32}  # 3 windows
+
+
+def latents_of(pipe, prompt="rain", num_inference_steps=4, **options):
+    options = {"audio_length_in_s": 0.3} | options
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=options.pop("guidance_scale", 3.0),
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).audios
+
+
+def count_rows(module):
+    """A list that gets the number of rows of each call of `module`."""
+    rows = []
+    module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    return rows
+
+
+def use_scheduler(pipe, name, **config):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **config)
+
+
+# Guidance on a part of the steps
+
+
+def test_guidance_on_all_steps_is_the_default(pipe):
+    assert torch.equal(latents_of(pipe, guidance_interval=(0.0, 1.0)), latents_of(pipe))
+
+
+def test_the_unconditional_half_is_computed_inside_the_interval_only(pipe):
+    rows = count_rows(pipe.unet.conv_in)
+    latents_of(pipe, ["rain", "dog"], num_inference_steps=10, guidance_interval=(0.2, 0.6))
+    assert rows == [2, 2, 4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def test_after_the_interval_the_prediction_is_the_conditional_one(pipe):
+    expected = latents_of(pipe, callback_on_step_end=SDCFGCutoffCallback(0.5))  # turns it off after step 2 of 0 to 3
+    assert torch.equal(latents_of(pipe, guidance_interval=(0.0, 0.7)), expected)
+    assert not torch.equal(latents_of(pipe), expected)
+
+
+def test_before_the_interval_nothing_is_guided(pipe):
+    def first_steps(**options):
+        steps = []
+        callback = lambda pipe, i, t, tensors: steps.append(tensors["latents"]) or {}  # noqa: E731
+        latents_of(pipe, callback_on_step_end=callback, **options)
+        return steps
+
+    late, never = first_steps(guidance_interval=(0.5, 1.0)), first_steps(guidance_scale=1.0)
+    assert [torch.equal(a, b) for a, b in zip(late, never)] == [True] * 2 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "name, config, num_inference_steps, expected",
+    [
+        ("heun", {}, 4, [1, 1, 2, 2, 1, 1, 1]),
+        ("pndm", {"skip_prk_steps": True}, 4, [1, 1, 2, 1, 1]),
+        ("pndm", {"skip_prk_steps": False}, 8, [1] * 4 * 2 + [2] * 4 + [2] + [1] * 4),
+    ],
+)
+def test_all_evaluations_of_a_step_are_guided_or_none(pipe, name, config, num_inference_steps, expected):
+    use_scheduler(pipe, name, **config)
+    rows = count_rows(pipe.unet.conv_in)
+    latents_of(pipe, num_inference_steps=num_inference_steps, guidance_interval=(0.25, 0.5))
+    assert rows == expected
+
+
+def test_the_interval_is_of_the_steps_that_strength_leaves(pipe):
+    use_scheduler(pipe, "ddim")
+    rows = count_rows(pipe.unet.conv_in)
+    audio = torch.sin(torch.arange(4800) / 5)
+    options = {"num_inference_steps": 6, "strength": 0.5, "guidance_interval": (0.0, 0.4)}
+    latents_of(pipe, audio=audio, audio_sampling_rate=16000, **options)
+    assert rows == [2, 2, 1]
+
+
+def test_windows_and_moving_prompts_have_an_interval(pipe):
+    rows = count_rows(pipe.unet.conv_in)
+    latents_of(pipe, MOVING, num_inference_steps=2, guidance_interval=(0.5, 1.0), **LONG)
+    assert rows == [2] * 3 + [3] * 3
+
+
+@pytest.mark.parametrize("option", ["guidance_scale", "guidance_interval"])
+def test_unguided_steps_are_not_rescaled(pipe, option):
+    options = {"guidance_scale": {"guidance_scale": 1.0}, "guidance_interval": {"guidance_interval": (0.9, 1.0)}}
+    latents = latents_of(pipe, guidance_rescale=0.7, **options[option])  # 3 / 4 < 0.9: not one guided step
+    assert torch.equal(latents, latents_of(pipe, guidance_scale=1.0))
+
+
+def test_the_interval_has_no_effect_without_guidance_and_on_distilled_unets(components):
+    torch.manual_seed(0)
+    plain = TangoPipeline(**components)
+    unet = UNet2DConditionModel.from_config(components["unet"].config, time_cond_proj_dim=8).eval()
+    for pipe, guidance_scale in ((plain, 1.0), (TangoPipeline(**components | {"unet": unet}), 4.0)):
+        latents = latents_of(pipe, guidance_scale=guidance_scale, guidance_interval=(0.0, 0.5))
+        assert torch.equal(latents, latents_of(pipe, guidance_scale=guidance_scale))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_text_that_a_callback_changes_is_read_in_the_next_step(pipe, in_place):
+    def forget(pipe, i, t, tensors):
+        if in_place:
+            tensors["prompt_embeds"].zero_()
+            return {}
+        return {"prompt_embeds": torch.zeros_like(read[0])}
+
+    read = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    names = ["prompt_embeds"] if in_place else ["latents"]
+    latents_of(pipe, callback_on_step_end=forget, callback_on_step_end_tensor_inputs=names)
+    assert [bool(each.any()) for each in read] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [None, 0.5, (0.5,), (0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (0, float("nan")), (False, True), "01"],
+)
+def test_a_bad_interval_is_named(pipe, interval):
+    with pytest.raises(ValueError, match="`guidance_interval`"):
+        latents_of(pipe, guidance_interval=interval)
+
+
+# DeepCache
+
+
+def small_unet(blocks, **config):
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=[32, 2],
+        in_channels=4,
+        out_channels=4,
+        down_block_types=blocks,
+        up_block_types=[block.replace("Down", "Up") for block in reversed(blocks)],
+        block_out_channels=[8] * len(blocks),
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        **config,
+    ).eval()
+
+
+def replay_deep_features(pipe, interval, num_windows=1):
+    """Give the last resnet, in the UNet's evaluations that a cache skips, the deep features of an earlier one. All the
+    rest is computed: another way to the same result."""
+    last, kept, counts, num_skip = pipe.unet.up_blocks[-1].resnets[-1], {}, {"call": 0}, pipe.unet.conv_in.out_channels
+
+    def replay(module, args):
+        evaluation, window = divmod(counts["call"], num_windows)
+        counts["call"] += 1
+        deep, skip = args[0][:, :-num_skip], args[0][:, -num_skip:]
+        last_full, features = kept.get(window, (-interval, deep))
+        if evaluation - last_full >= interval or len(features) < len(deep):
+            kept[window] = evaluation, deep
+            return args
+        return torch.cat([features[-len(deep) :], skip], dim=1), *args[1:]
+
+    return last.register_forward_pre_hook(replay)
+
+
+def deep_cache_and_replay(pipe, interval, num_windows=1, **options):
+    handle = replay_deep_features(pipe, interval, num_windows)
+    expected = latents_of(pipe, **options)
+    handle.remove()
+    pipe.enable_deep_cache(interval)
+    return latents_of(pipe, **options), expected
+
+
+def test_interval_1_and_a_disabled_cache_change_no_bit(pipe):
+    expected = latents_of(pipe)
+    pipe.enable_deep_cache(interval=1)
+    assert torch.equal(latents_of(pipe), expected)
+    pipe.enable_deep_cache()
+    assert not torch.equal(latents_of(pipe), expected)
+    pipe.disable_deep_cache()
+    assert pipe.deep_cache is None
+    assert torch.equal(latents_of(pipe), expected)
+    pipe.disable_deep_cache()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"prompt": ["rain", "dog"], "num_waveforms_per_prompt": 2},
+        {"guidance_interval": (0.0, 0.5)},
+        {"guidance_interval": (0.3, 0.8)},
+        {"num_windows": 3, **LONG},
+        {"num_windows": 2, "window_batch_size": 2, "guidance_interval": (0.3, 0.8), "prompt": MOVING, **LONG},
+        {"scheduler": "heun"},
+        {"scheduler": "dpm++", "guidance_rescale": 0.7},
+    ],
+)
+def test_the_rest_comes_from_the_last_full_evaluation(pipe, options):
+    options = dict(options)
+    use_scheduler(pipe, options.pop("scheduler", "ddim"))
+    latents, expected = deep_cache_and_replay(pipe, 3, options.pop("num_windows", 1), **options)
+    assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "scheduler, interval, options, expected",
+    [
+        ("ddim", 3, {}, [2, 2, 2]),
+        ("ddim", 2, {"guidance_scale": 1.0}, [1, 1, 1, 1]),
+        ("heun", 5, {}, [2, 2, 2]),  # 13 evaluations
+        ("ddim", 3, {"guidance_interval": (0.0, 0.5)}, [2, 2, 1]),  # guided: 0 to 3
+        ("ddim", 3, {"guidance_interval": (0.6, 1.0)}, [1, 1, 2]),  # guided: 5 and 6
+        ("ddim", 3, {"window_order": "sequential", **LONG}, [2, 2, 2] * 3),
+    ],
+)
+def test_everything_is_computed_once_in_an_interval(pipe, scheduler, interval, options, expected):
+    use_scheduler(pipe, scheduler)
+    pipe.enable_deep_cache(interval)
+    shallow, deep = count_rows(pipe.unet.conv_out), count_rows(pipe.unet.mid_block.resnets[0])
+    latents_of(pipe, num_inference_steps=7, **options)
+    assert deep == expected
+    assert len(shallow) == {"ddim": 7, "heun": 13}[scheduler] * (3 if "window_order" in options else 1)
+
+
+def test_a_clip_is_the_same_whatever_batch_it_rides_in_with_a_cache(pipe):
+    pipe.enable_deep_cache(2)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 2)]
+    options = {"num_inference_steps": 4, "audio_length_in_s": 0.3, "output_type": "latent"}
+    together = pipe(["rain", "dog"], generator=seeds[:2], **options).audios
+    alone = pipe("dog", generator=seeds[2:], **options).audios
+    assert torch.allclose(together[1:], alone, atol=1e-4)
+
+
+def test_nothing_is_left_between_calls(pipe):
+    pipe.enable_deep_cache(3)
+    expected = latents_of(pipe, "dog")
+    latents_of(pipe, num_inference_steps=5)  # ends in the middle of an interval
+    assert not pipe.deep_cache.kept and pipe.deep_cache.features is None and pipe.deep_cache.mode == "off"
+    assert torch.equal(latents_of(pipe, "dog"), expected)
+
+    def stop(*args):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        latents_of(pipe, callback_on_step_end=stop)
+    assert torch.equal(latents_of(pipe, "dog"), expected)
+    assert len(latents_of(pipe, ["dog", "rain"], audio_length_in_s=0.7)) == 2
+
+
+def test_the_unet_by_itself_is_whole(pipe):
+    def one_call():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return pipe.unet(torch.randn(1, 4, 8, 16), 5, encoder_hidden_states=torch.randn(1, 3, 16)).sample
+
+    expected = one_call()
+    pipe.enable_deep_cache(2)
+    between = []
+    latents_of(pipe, callback_on_step_end=lambda *args: between.append(one_call()) or {})
+    assert len(between) == 4 and all(torch.equal(each, expected) for each in between)
+    assert pipe.deep_cache.features is None
+
+
+def test_a_cache_belongs_to_the_unet_and_is_not_saved(pipe, tmp_path):
+    before = dict(pipe.config), dict(pipe.unet.config), set(pipe.unet.state_dict())
+    pipe.enable_deep_cache(2)
+    assert (dict(pipe.config), dict(pipe.unet.config), set(pipe.unet.state_dict())) == before
+    other = TangoPipeline.from_pipe(pipe)
+    assert torch.equal(latents_of(other), latents_of(pipe))
+    pipe.save_pretrained(tmp_path)
+    loaded = TangoPipeline.from_pretrained(tmp_path)
+    assert loaded.deep_cache is None
+    other.disable_deep_cache()
+    assert torch.equal(latents_of(loaded), latents_of(pipe))
+
+
+def test_a_cache_works_with_lora(pipe):
+    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v", "conv1"]))
+    latents, expected = deep_cache_and_replay(pipe, 2, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(latents, expected)
+    assert not torch.equal(latents_of(pipe), expected)
+
+
+@pytest.mark.parametrize("first", ["cache", "offload"])
+@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
+def test_a_cache_works_with_offloading_in_any_order(pipe, kind, first):
+    def offload():
+        if kind == "model":
+            accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+        elif kind == "sequential":
+            accelerate.cpu_offload(pipe.unet, execution_device="cpu")
+            assert pipe.unet.conv_in.weight.device.type == "meta"
+        else:
+            device = torch.device("cpu")
+            apply_group_offloading(pipe.unet, device, device, kind, num_blocks_per_group=1)
+
+    pipe.enable_deep_cache(3)
+    expected = latents_of(pipe)
+    pipe.disable_deep_cache()
+    for step in (pipe.enable_deep_cache, offload) if first == "cache" else (offload, pipe.enable_deep_cache):
+        step()
+    assert torch.equal(latents_of(pipe), expected)
+    pipe.disable_deep_cache()
+    assert not torch.equal(latents_of(pipe), expected)
+
+
+def test_model_offloading_renews_its_hooks_without_losing_the_cache(pipe):
+    # what diffusers does after every call of a pipeline that is offloaded
+    pipe.enable_deep_cache(3)
+    expected = latents_of(pipe)
+    for _ in range(2):
+        _, hook = accelerate.cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+        assert torch.equal(latents_of(pipe), expected)
+        accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+
+
+@pytest.mark.parametrize("order", ["cache first", "compiled first"])
+def test_a_compiled_unet_has_two_graphs_and_no_break(components, order):
+    components["unet"] = small_unet(("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1)
+    pipe = TangoPipeline(**components)
+    pipe.enable_deep_cache(3)
+    expected = latents_of(pipe)
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounter()
+    if order == "cache first":
+        pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True)
+    else:
+        pipe.disable_deep_cache()
+        pipe.unet.compile(backend=backend, fullgraph=True)
+        latents_of(pipe, num_inference_steps=1)
+        backend.clear()  # the graph of a UNet without hooks
+    pipe.enable_deep_cache(3)
+    assert torch.allclose(latents_of(pipe), expected, atol=1e-5)
+    assert backend.frame_count == 2
+    latents_of(pipe, "dog")
+    assert backend.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),  # tango-tiny
+        ("CrossAttnDownBlock2D", "DownBlock2D"),
+        ("CrossAttnDownBlock2D",),
+    ],
+)
+@pytest.mark.parametrize("layers_per_block, mid_block_type", [(1, None), (2, "UNetMidBlock2DCrossAttn")])
+def test_unets_of_other_shapes_have_a_cache(components, blocks, layers_per_block, mid_block_type):
+    components["unet"] = small_unet(blocks, layers_per_block=layers_per_block, mid_block_type=mid_block_type)
+    latents, expected = deep_cache_and_replay(TangoPipeline(**components), 2, num_inference_steps=4)
+    assert torch.equal(latents, expected)
+
+
+def test_unets_of_other_blocks_are_refused(components):
+    components["unet"] = UNet2DConditionModel.from_config(
+        components["unet"].config, up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"]
+    )
+    pipe = TangoPipeline(**components)
+    with pytest.raises(ValueError, match="'SimpleCrossAttnUpBlock2D'"):
+        pipe.enable_deep_cache()
+    assert pipe.deep_cache is None
+    with pytest.raises(ValueError, match="`unet`"):
+        TangoPipeline(**components | {"unet": None}).enable_deep_cache()
+
+
+@pytest.mark.parametrize("interval", [0, -1, 2.0, None, True])
+def test_a_bad_cache_interval_is_named(pipe, interval):
+    with pytest.raises(ValueError, match="`interval`"):
+        pipe.enable_deep_cache(interval)
+    assert pipe.deep_cache is None
+
+
+def test_the_full_sized_unet_does_little_in_between(components):
+    config = json.loads((Path(__file__).parents[1] / "examples" / "tango_unet.json").read_text())
+    with torch.device("meta"):
+        pipe = TangoPipeline(**components | {"unet": UNet2DConditionModel.from_config(config).eval()})
+        pipe.enable_deep_cache()
+        flops = []
+        with torch.no_grad():
+            for _ in range(2):
+                pipe.deep_cache.advance(True)
+                with FlopCounterMode(display=False) as counter, pipe.deep_cache.window(0, 2):
+                    pipe.unet(torch.empty(2, 8, 256, 16), torch.empty(()), torch.empty(2, 32, 1024))
+                flops.append(counter.get_total_flops())
+    assert flops[0] == pytest.approx(1.6e12, rel=1e-3)
+    for interval, ratio in ((2, 1.85), (3, 2.59), (5, 3.79)):
+        assert interval * flops[0] / (flops[0] + (interval - 1) * flops[1]) > ratio
+
+
+# No work twice, no waiting
+
+
+def test_each_text_is_encoded_once(pipe):
+    rows = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True
+    )
+    prompts = ["rain", "dog", "rain", "a dog and rain"]
+    with torch.no_grad():
+        outputs = pipe.encode_prompt(prompts, num_waveforms_per_prompt=2)
+    assert rows == [3, 1]
+    for prompt_row, prompt in enumerate(prompts):
+        with torch.no_grad():
+            alone = pipe.encode_prompt(prompt)
+        for take in range(2):
+            for together, each in zip(outputs, alone):
+                num_tokens = each.shape[1]
+                assert torch.allclose(together[2 * prompt_row + take, :num_tokens], each[0], atol=1e-5)
+    rows.clear()
+    latents_of(pipe, MOVING, num_inference_steps=1, num_waveforms_per_prompt=3, **LONG)
+    assert rows == [2, 1]
+
+
+@pytest.mark.parametrize("scheduler, cached", [("ddpm", False), ("dpm++", True), ("heun", True)])
+def test_no_step_waits_for_the_device(scheduler, cached):
+    # a tensor on the meta device has no values: reading one raises, where a GPU would be waited for
+    components = build_components()
+    names = ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask")
+    with torch.no_grad():
+        texts = dict(zip(names, TangoPipeline(**components).encode_prompt(["rain", "dog"])))
+    for name in ("unet", "vae", "vocoder"):
+        components[name].to("meta")
+    pipe = TangoPipeline(**components | {"text_encoder": None})
+    use_scheduler(pipe, scheduler)
+    if cached:
+        pipe.enable_deep_cache(2)
+    steps = []
+    options = {"callback_on_step_end": lambda pipe, i, t, tensors: steps.append(i) or {}, **texts}
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        pipe(num_inference_steps=3, guidance_interval=(0.0, 0.5), output_type="latent", **options)
+    assert steps == list(range(pipe.num_timesteps))  # all of them are done before the result is looked at
