@@ -1,0 +1,540 @@
+"""How fast each way of making a sound is, how near its physical limit, and what it does to the sound.
+
+    python -m examples.benchmark --quick                                   # a small random model: under two minutes
+    python -m examples.benchmark                                           # random weights of the released size
+    python -m examples.benchmark --model tango2 --variants bf16 bf16+channels-last+deep-cache-3 preset --rounds 3
+    python -m examples.benchmark --model tango2 --variants preset --batch_sizes 1 2 4 8         # clips per minute
+
+A variant is one option, or several joined by `+`:
+
+{options}
+
+Variants take turns with `plain`, each in a process of its own, so that what else the machine does hits all alike and
+one's memory is not another's. After each, `results.jsonl` in --output_dir is written anew: a run that was stopped goes
+on when it is started again. The table and `results.json` hold medians over the rounds:
+
+    text, UNet step, VAE, vocoder, clip   seconds. A clip marked ~ is reckoned from --steps_timed steps, not measured
+    RTF                                   real-time factor: seconds of work per second of sound
+    clips/min                             in batches of the size in the second column
+    GiB                                   peak: of the process on a CPU (Linux only), of what torch allocated on a GPU
+    step x, clip x                        how many times faster than `plain` in the same round and batch size
+    floor, share                          the clip's arithmetic at the rate of a large matrix product of its types,
+                                          measured in the same process; which share of that rate was reached. Where
+                                          convolutions are faster than the product it goes above 100%
+    latents, decoder, sound dB            signal to difference against `plain` from the same noise: of the latents, of
+                                          the sound of plain's latents, of the sound. {max_db:g} is equal. Empty with
+                                          another scheduler or number of steps, where only a listener can tell
+    cold                                  seconds of the first call with compilation, and in how many clips it pays
+                                          against the same variant without, if that is among the variants
+
+Random weights show speed and memory. What a variant does to the sound shows only with a trained --model.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import PipelineQuantizationConfig
+from safetensors.torch import load_file, save
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
+
+from examples.random_pipeline import SIZES, random_pipeline
+from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango.__main__ import (
+    FAST,
+    CommandError,
+    choose_dtypes,
+    encode_wav,
+    fast_settings,
+    read_prompts,
+    write_atomically,
+)
+
+
+OPTIONS = {
+    "plain": "float32, eager, every step guided, the checkpoint's scheduler and number of steps",
+    "bf16": "the four models in bfloat16",
+    "fp16": "the UNet in float16, in which the others overflow",
+    "channels-last": "UNet and VAE with channels last in memory",
+    "fused-qkv": "one matrix for queries, keys and values",
+    "compile": "torch.compile of UNet, VAE decoder and vocoder",
+    "reduce-overhead": "the same with CUDA graphs; needs CUDA",
+    "max-autotune": "the same, and kernels chosen by trial; needs CUDA",
+    "deep-cache-N": "the UNet's inner blocks every N steps only",
+    "guidance-half": "guidance in the middle half of the steps only",
+    "int8": "the UNet's matrices kept in int8; needs torchao",
+    "int8-dynamic": "the same, and multiplied in int8; needs torchao",
+    "preset": "what `tango --fast` sets, and the types that it chooses on this device",
+}
+CUDA_OPTIONS = ("reduce-overhead", "max-autotune")
+DEFAULT_VARIANTS = ("bf16", "bf16+channels-last", "deep-cache-3", "guidance-half", "preset")
+MIDDLE_HALF = (0.25, 0.75)
+INT8_CONFIGS = {"int8": "Int8WeightOnlyConfig", "int8-dynamic": "Int8DynamicActivationInt8WeightConfig"}
+
+STAGES = ("text", "unet", "vae", "vocoder")
+PROMPT = "A dog barks while rain falls on a metal roof"
+EMBEDS = ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask")
+MAX_DB = 200.0
+
+
+def read_variant(name, device, preset=FAST):
+    """What a variant sets. `preset` is what `tango --fast` sets for the model.
+
+    Raises:
+        ValueError: if `name` has an option that is unknown, or that this machine cannot run.
+    """
+    variant = {
+        "dtypes": {"default": torch.float32},
+        "channels_last": False,
+        "fused_qkv": False,
+        "compile_mode": None,
+        "deep_cache": None,
+        "guidance_interval": None,
+        "int8": None,
+        "scheduler": None,
+        "steps": None,
+    }
+    for option in name.split("+"):
+        if option in ("compile", *CUDA_OPTIONS):
+            if option in CUDA_OPTIONS and device != "cuda":
+                raise ValueError(f"{name} needs CUDA")
+            variant["compile_mode"] = "default" if option == "compile" else option
+        elif option == "bf16":
+            variant["dtypes"] = {"default": torch.bfloat16}
+        elif option == "fp16":
+            variant["dtypes"] = choose_dtypes("float16", device)
+        elif option in ("channels-last", "fused-qkv"):
+            variant[option.replace("-", "_")] = True
+        elif re.fullmatch(r"deep-cache-[1-9]\d?", option):
+            variant["deep_cache"] = int(option.removeprefix("deep-cache-"))
+        elif option == "guidance-half":
+            variant["guidance_interval"] = MIDDLE_HALF
+        elif option in INT8_CONFIGS:
+            if not find_spec("torchao"):
+                raise ValueError(f"{name} needs torchao: pip install torchao")
+            variant["int8"] = option
+        elif option == "preset":
+            variant |= preset | {"dtypes": choose_dtypes("auto", device)}
+        elif option != "plain":
+            raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
+    return variant
+
+
+def load(model, variant, device):
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    quantization_config = None
+    if variant["int8"]:
+        import torchao.quantization
+        from diffusers import TorchAoConfig
+
+        config = TorchAoConfig(getattr(torchao.quantization, INT8_CONFIGS[variant["int8"]])())
+        quantization_config = PipelineQuantizationConfig(quant_mapping={"unet": config})
+    pipe = TangoPipeline.from_pretrained(
+        model, dtype=variant["dtypes"], quantization_config=quantization_config, local_files_only=Path(model).exists()
+    )
+    pipe.to(device)
+    if variant["channels_last"]:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if variant["fused_qkv"]:
+        pipe.unet.fuse_qkv_projections()
+    if variant["scheduler"]:
+        pipe.scheduler = SCHEDULERS[variant["scheduler"]].from_config(pipe.scheduler.config)
+    if variant["deep_cache"]:
+        pipe.enable_deep_cache(interval=variant["deep_cache"])
+    return pipe
+
+
+def matrix_rate(dtype, device):
+    """FLOP per second of a large matrix product, the best of ten."""
+    size = 8192 if device == "cuda" else 2048
+    matrix = torch.randn(size, size, dtype=torch.float32).to(device, dtype)
+    times = []
+    for _ in range(10):
+        start = seconds(device)
+        matrix @ matrix
+        times.append(seconds(device) - start)
+    return 2 * size**3 / min(times)
+
+
+def flop_counter():
+    """Counts what runs in its context. torch's own leaves out attention on CPUs and products of int8 (torch 2.13)."""
+
+    def attention(query_shape, key_shape, value_shape, *args, **kwargs):
+        return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+    def product(left_shape, right_shape, *args, **kwargs):
+        return 2 * math.prod(left_shape) * right_shape[-1]
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention, torch.ops.aten._int_mm: product}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def seconds(device):
+    """Now, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device):
+    """Bytes, or `None` where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # of this process alone, unlike getrusage, which also knows what started it
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 if status.exists() else None
+
+
+def signal_to_difference_db(reference, other):
+    """Energy of `reference` over that of its difference to `other`, two arrays of one shape, in dB up to MAX_DB."""
+    reference, other = (np.asarray(each, dtype=np.float64) for each in (reference, other))
+    difference = np.square(reference - other).sum()
+    if difference == 0:
+        return MAX_DB
+    return float(np.clip(10 * np.log10(max(np.square(reference).sum(), 1e-300) / difference), -MAX_DB, MAX_DB))
+
+
+@torch.no_grad()
+def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
+    """Load a variant, run it, and say how that went.
+
+    Args:
+        model (`str`): folder or repo.
+        name (`str`): of the variant.
+        batch_size (`int`)
+        settings (`dict`): those of the whole run.
+        reference_path (`Path`): what `plain` made, written if this is the first of it.
+        prompts (`list[dict]`): what to write sounds for.
+        sounds (`Path`): where.
+
+    Returns:
+        `dict`: seconds, FLOP and matrix rate by stage, `steps` of a clip, `load_in_s`, `cold_in_s`, `memory_in_bytes`
+        and the signal to difference in dB.
+    """
+    device = settings["device"]
+    variant = read_variant(name, device, fast_settings(model))
+    start = seconds(device)
+    pipe = load(model, variant, device)
+    load_in_s = seconds(device) - start
+    num_steps = variant["steps"] or settings["steps"] or pipe.config.default_num_inference_steps
+    steps_timed = min(settings["steps_timed"] or num_steps, num_steps)
+    options = {"audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s}
+    if variant["guidance_interval"]:
+        options["guidance_interval"] = variant["guidance_interval"]
+    pipe.set_progress_bar_config(desc=name, unit="step", leave=False, disable=None)
+    reference = load_file(reference_path) if reference_path.exists() else None
+
+    def run(given_latents=None, count=None):
+        """All stages once: seconds by stage, latents and sound. What is decoded is `given_latents`, if given."""
+        times = {}
+        torch.manual_seed(0)  # for vocoders with noise of their own
+
+        def stage(name, function):
+            counter = contextlib.nullcontext() if count is None else flop_counter()
+            start = seconds(device)
+            with counter:
+                result = function()
+            if count is not None:
+                count[name] = counter.get_total_flops()
+            times[name] = seconds(device) - start
+            return result
+
+        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt([PROMPT] * batch_size))))
+        generator = [torch.Generator().manual_seed(row) for row in range(batch_size)]
+        denoise = dict(options, **embeds, num_inference_steps=steps_timed, generator=generator, output_type="latent")
+        latents = stage("unet", lambda: pipe(**denoise).audios)
+        decoded = latents if given_latents is None else given_latents.expand_as(latents).to(device)
+        decoded = (decoded / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
+        mel_spectrogram = stage("vae", lambda: pipe.vae.decode(decoded, return_dict=False)[0].float())
+        waveform = stage("vocoder", lambda: pipe.mel_spectrogram_to_waveform(mel_spectrogram))
+        return times, latents.cpu(), waveform.cpu()
+
+    flop, cold_in_s = {}, None
+    _, latents, waveform = run(count=flop)  # the first run of anything is slow, and not measured
+    if variant["compile_mode"]:
+        for module in (pipe.unet, pipe.vae.decoder, pipe.vocoder):
+            module.compile(mode=variant["compile_mode"])
+        times, latents, waveform = run()
+        cold_in_s = sum(times.values())
+    times, _, decoded = run(None if reference is None else reference["latents"])
+    memory_in_bytes = peak_memory(device)
+
+    if reference is None:
+        reference = {"latents": latents[:1].contiguous(), "waveform": waveform[:1].contiguous()}
+        write_atomically(reference_path, save(reference))
+        decoded = waveform
+    is_comparable = variant["scheduler"] is None and variant["steps"] is None
+
+    options["num_inference_steps"] = num_steps
+    for position, request in enumerate(prompts):
+        path = sounds / f"{request['name']}.wav"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            audio = pipe(request["prompt"], generator=torch.Generator().manual_seed(position), **options).audios[0]
+            write_atomically(path, encode_wav(audio, pipe.vocoder.config.sampling_rate))
+
+    dtypes = {"text": pipe.text_encoder.dtype, "unet": pipe.unet.dtype}
+    dtypes |= {"vae": pipe.vae.dtype, "vocoder": next(pipe.vocoder.parameters()).dtype}
+    rates = {dtype: matrix_rate(dtype, device) for dtype in set(dtypes.values())}
+    return {
+        "variant": name,
+        "batch_size": batch_size,
+        "seconds": options["audio_length_in_s"],
+        "steps": num_steps,
+        "steps_timed": steps_timed,
+        "time_in_s": times,
+        "flop": flop,
+        "flop_per_s": {stage: rates[dtype] for stage, dtype in dtypes.items()},
+        "load_in_s": load_in_s,
+        "cold_in_s": cold_in_s,
+        "memory_in_bytes": memory_in_bytes,
+        "latents_db": signal_to_difference_db(reference["latents"][0], latents[0]) if is_comparable else None,
+        "decoder_db": signal_to_difference_db(reference["waveform"][0], decoded[0]),
+        "sound_db": signal_to_difference_db(reference["waveform"][0], waveform[0]) if is_comparable else None,
+    }
+
+
+def summarize(records):
+    """Rows of the table, one for each variant and batch size: medians over the rounds.
+
+    Args:
+        records (`list[dict]`): as [`measure`] returns them, with their `round`.
+
+    Returns:
+        `list[dict]`: in the order of their first record.
+    """
+
+    def clip(record, times):
+        """Seconds of a batch of whole clips."""
+        steps = times["unet"] * record["steps"] / record["steps_timed"]
+        return times["text"] + steps + times["vae"] + times["vocoder"]
+
+    plain = {(r["round"], r["batch_size"]): r for r in records if r["variant"] == "plain"}
+    groups = {}
+    for record in records:
+        groups.setdefault((record["variant"], record["batch_size"]), []).append(record)
+    rows = []
+    for (variant, batch_size), group in groups.items():
+        figures = []
+        for record in group:
+            times = record["time_in_s"]
+            floors = {stage: record["flop"][stage] / record["flop_per_s"][stage] for stage in STAGES}
+            step_in_s = times["unet"] / record["steps_timed"]
+            clip_in_s = clip(record, times)
+            figure = {
+                "text_in_s": times["text"],
+                "step_in_s": step_in_s,
+                "vae_in_s": times["vae"],
+                "vocoder_in_s": times["vocoder"],
+                "clip_in_s": clip_in_s / batch_size,
+                "real_time_factor": clip_in_s / batch_size / record["seconds"],
+                "clips_per_minute": 60 * batch_size / clip_in_s,
+                "floor_in_s": clip(record, floors) / batch_size,
+                "share_of_floor": clip(record, floors) / clip_in_s,
+                **{f"{stage}_share_of_floor": floors[stage] / times[stage] for stage in STAGES},
+                **{name: record.get(name) for name in ("load_in_s", "cold_in_s", "memory_in_bytes")},
+                **{name: record.get(name) for name in ("latents_db", "decoder_db", "sound_db")},
+            }
+            if base := plain.get((record["round"], batch_size)):
+                base_step_in_s = base["time_in_s"]["unet"] / base["steps_timed"]
+                figure["step_ratio"] = base_step_in_s / step_in_s
+                figure["clip_ratio"] = clip(base, base["time_in_s"]) / clip_in_s
+            figures.append(figure)
+        row = {"variant": variant, "batch_size": batch_size, "num_rounds": len(group)}
+        row |= {"steps": group[0]["steps"], "is_extrapolated": group[0]["steps_timed"] < group[0]["steps"]}
+        for name in dict.fromkeys(name for figure in figures for name in figure):
+            values = [figure[name] for figure in figures if figure.get(name) is not None]
+            row[name] = median(values) if values else None
+        rows.append(row)
+
+    compiling = {"compile", *CUDA_OPTIONS}
+    for row in rows:
+        eager_name = "+".join(each for each in row["variant"].split("+") if each not in compiling) or "plain"
+        eager = [r for r in rows if (r["variant"], r["batch_size"]) == (eager_name, row["batch_size"])]
+        row["break_even_in_clips"] = None
+        if row["cold_in_s"] and eager and eager[0]["clip_in_s"] > row["clip_in_s"]:
+            gain_in_s = eager[0]["clip_in_s"] - row["clip_in_s"]
+            row["break_even_in_clips"] = math.ceil(row["cold_in_s"] / gain_in_s)
+    return rows
+
+
+def table(rows):
+    """`summarize`'s rows as Markdown."""
+
+    def show(value, form="{:.3g}"):
+        return "" if value is None else form.format(value)
+
+    titles = ("variant", "batch", "text", "UNet step", "VAE", "vocoder", "clip", "RTF", "clips/min", "GiB", "step x")
+    titles += ("clip x", "floor", "share", "latents dB", "decoder dB", "sound dB", "cold")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in rows:
+        cold = show(row["cold_in_s"], "{:.0f}")
+        if row["break_even_in_clips"]:
+            cold += f" ({row['break_even_in_clips']} clips)"
+        cells = [row["variant"], show(row["batch_size"], "{}")]
+        cells += [show(row[f"{stage}_in_s"]) for stage in ("text", "step", "vae", "vocoder")]
+        cells += [("~" if row["is_extrapolated"] else "") + show(row["clip_in_s"]), show(row["real_time_factor"])]
+        cells += [show(row["clips_per_minute"])]
+        cells += [show(row["memory_in_bytes"] and row["memory_in_bytes"] / 2**30, "{:.2f}")]
+        cells += [show(row.get(name), "{:.2f}") for name in ("step_ratio", "clip_ratio")]
+        cells += [show(row["floor_in_s"]), show(row["share_of_floor"], "{:.0%}")]
+        cells += [show(row[name], "{:.1f}") for name in ("latents_db", "decoder_db", "sound_db")]
+        lines.append("| " + " | ".join([*cells, cold]) + " |")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv):
+    options = "\n".join(f"    {name:<16} {what}" for name, what in OPTIONS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.format(options=options, max_db=MAX_DB),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--model", metavar="FOLDER_OR_REPO", help="a diffusers folder or repo, instead of --size")
+    what.add_argument(
+        "--size", choices=SIZES, help="of a model with random weights, kept in --output_dir (default: full, 5.3 GB)"
+    )
+    what.add_argument(
+        "--variants", nargs="+", metavar="NAME", help=f"beside plain (default: {' '.join(DEFAULT_VARIANTS)})"
+    )
+    what.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    what.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default: the model's own)")
+    what.add_argument("--steps", type=int, metavar="N", help="of a clip (default: the model's own; `preset` has its)")
+    what.add_argument("--batch_sizes", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--output_dir", type=Path, default=Path("benchmark"), help="(default: benchmark)")
+    how.add_argument("--rounds", type=int, default=1, metavar="N", help="each runs every variant once (default: 1)")
+    how.add_argument(
+        "--steps_timed",
+        type=int,
+        default=6,
+        metavar="N",
+        help="UNet steps to take and time; the rest of a clip is reckoned from them. A multiple of a deep cache's "
+        "interval. 0 takes them all (default: 6)",
+    )
+    how.add_argument(
+        "--quick", action="store_true", help="--size small --seconds 5.12 --variants bf16+channels-last preset"
+    )
+    how.add_argument(
+        "--save_sounds",
+        metavar="PROMPTS",
+        help="also write OUTPUT_DIR/sounds/VARIANT/NAME.wav, whole clips, for each line of this list (as for `tango "
+        "--prompts`), line n with seed n - 1: for python -m training.evaluate --generated",
+    )
+    args = parser.parse_args(argv)
+
+    if args.model and args.size:
+        parser.error("give either --model or --size")
+    if args.quick:
+        args.size = args.size or (None if args.model else "small")
+        args.seconds = args.seconds or 5.12
+        args.variants = args.variants or ["bf16+channels-last", "preset"]
+    args.size = args.size or (None if args.model else "full")
+    args.variants = args.variants or list(DEFAULT_VARIANTS)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none")
+    for name, low in (("rounds", 1), ("steps", 1), ("steps_timed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds must be a positive number, got {args.seconds}")
+    if min(args.batch_sizes) < 1:
+        parser.error(f"--batch_sizes must be at least 1, got {min(args.batch_sizes)}")
+
+    names, skipped = ["plain"], []
+    for name in dict.fromkeys(args.variants):
+        if unknown := [o for o in name.split("+") if o not in OPTIONS and not re.fullmatch(r"deep-cache-[1-9]\d?", o)]:
+            parser.error(f"--variants: {unknown[0]!r} is none of {', '.join(OPTIONS)}")
+        try:
+            interval = read_variant(name, args.device)["deep_cache"]
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        if interval and args.steps_timed % interval:
+            parser.error(f"--steps_timed must be a multiple of {interval} for {name}, got {args.steps_timed}")
+        if name != "plain":
+            names.append(name)
+    args.variants, args.skipped = names, skipped
+    try:
+        args.prompts = read_prompts(args.save_sounds) if args.save_sounds else []
+    except CommandError as error:
+        parser.error(f"--save_sounds: {error}")
+    return args, parser
+
+
+def main(argv=None):
+    """Run the benchmark. Returns the exit status: 0, or 1 if a variant failed."""
+    args, parser = parse_arguments(argv)
+    settings = {name: getattr(args, name) for name in ("model", "size", "device", "seconds", "steps", "steps_timed")}
+    settings |= {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+    results = args.output_dir / "results.jsonl"
+    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for record in records:
+        for name, value in settings.items():
+            if record["settings"][name] != value:
+                parser.error(
+                    f"{args.output_dir} has measurements with {name} {record['settings'][name]!r}, not {value!r}: "
+                    "give another --output_dir"
+                )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for reason in args.skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+
+    model = args.model
+    if model is None:
+        model = args.output_dir / f"random-{args.size}"
+        if not (model / "model_index.json").exists():  # the last file to be written
+            print(f"writing {model}", file=sys.stderr)
+            random_pipeline(args.size).save_pretrained(model)
+
+    done = {(record["variant"], record["batch_size"], record["round"]) for record in records}
+    jobs = [
+        (name, batch_size, number)
+        for number in range(args.rounds)
+        for batch_size in args.batch_sizes
+        for name in args.variants
+    ]
+    has_failed = False
+    bar = tqdm([job for job in jobs if job not in done], unit="run", disable=None)
+    for name, batch_size, number in bar:
+        bar.set_description(f"{name}, batch {batch_size}, round {number + 1}")
+        sounds = args.output_dir / "sounds" / name
+        reference = args.output_dir / "plain.safetensors"
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+                job = executor.submit(measure, str(model), name, batch_size, settings, reference, args.prompts, sounds)
+                record = job.result()
+        except Exception as error:  # out of memory, say: the others may do
+            has_failed = True
+            print(f"{name}, batch {batch_size}: {type(error).__name__}: {error!s:.300}", file=sys.stderr)
+            continue
+        records.append({**record, "round": number, "settings": settings})
+        write_atomically(results, "".join(json.dumps(each) + "\n" for each in records).encode())
+
+    rows = summarize(records)
+    summary = json.dumps({"settings": settings, "rows": rows}, indent=2)
+    write_atomically(args.output_dir / "results.json", summary.encode())
+    print(table(rows))
+    return int(has_failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
