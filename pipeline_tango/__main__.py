@@ -13,13 +13,17 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import __version__
+from . import TANGO_TINY, __version__
 
 
 # Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
 
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
+# What --fast sets; each is also a flag, which counts more. The cache is for models of the released width only.
+FAST = {"scheduler": "dpm++", "steps": 20, "guidance_interval": [0.25, 0.75], "deep_cache": 3}
+LARGE_WIDTH = 1280  # channels of a UNet's widest level
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
+SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest, where used
 SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
 CONVERT_HINT = "a checkpoint in the original layout is converted by: python -m convert.convert_tango SOURCE OUTPUT"
 
@@ -161,6 +165,20 @@ def read_regions(text, name, unit):
     return regions
 
 
+def check_speed_arguments(args):
+    """Read `--guidance_interval` as two numbers, and check `--deep_cache`."""
+    if args.guidance_interval is not None:
+        number = r"\d+\.?\d*"
+        if not re.fullmatch(rf"{number}-{number}", args.guidance_interval):
+            raise CommandError(f"guidance_interval must be such as 0.25-0.75, got {args.guidance_interval!r:.100}")
+        start, stop = (float(edge) for edge in args.guidance_interval.split("-"))
+        if not 0 <= start < stop <= 1:
+            raise CommandError(f"guidance_interval must ascend from 0 to 1, got {args.guidance_interval!r:.100}")
+        args.guidance_interval = [start, stop]  # as JSON has it
+    if args.deep_cache is not None and not is_whole(args.deep_cache, 1, 100):
+        raise CommandError(f"deep_cache must be a whole number from 1 to 100, got {args.deep_cache}")
+
+
 def check_audio_arguments(args):
     """Read `--audio`, and the flags that go with it, into `args.audio_settings` and `args.audio_options`."""
     args.audio_settings, args.audio_options, args.audio_seconds = {}, {}, None
@@ -210,7 +228,13 @@ def parse_arguments(argv):
     )
     parser.add_argument("prompt", nargs="?", help="what to hear, such as 'rain and thunder'")
     parser.add_argument("--version", action="version", version=f"tango {__version__}")
-    parser.add_argument("--model", metavar="FOLDER_OR_REPO", help="diffusers folder, or Hub repo such as owner/name")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER_OR_REPO",
+        default=TANGO_TINY,
+        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
+    )
+    parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
         "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
     )
@@ -248,6 +272,26 @@ def parse_arguments(argv):
         const="",
         metavar="PNG",
         help="also save a picture, seconds by kHz, in dB (default: beside the sound). Needs the extra `demo`",
+    )
+
+    speed = parser.add_argument_group("faster")
+    interval = "-".join(map(str, FAST["guidance_interval"]))
+    speed.add_argument(
+        "--fast",
+        action="store_true",
+        help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance_interval {interval} and, for models "
+        f"of the released size, --deep_cache {FAST['deep_cache']}. Each can be given otherwise",
+    )
+    speed.add_argument(
+        "--guidance_interval",
+        metavar="START-STOP",
+        help="follow the prompt by guidance only in this part of the steps, of 0-1 (default: all of it)",
+    )
+    speed.add_argument(
+        "--deep_cache",
+        type=int,
+        metavar="N",
+        help="run the UNet's inner blocks every N steps only (default: 1, every step)",
     )
 
     source = parser.add_argument_group("a sound to start from")
@@ -296,9 +340,10 @@ def parse_arguments(argv):
     machine.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps (default: the accelerator there is, else cpu)")
     machine.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the UNet, which takes nearly all the time; the rest stays in float32 (default: bfloat16 on an "
-        "accelerator that has it, float16 on other CUDA devices, else float32)",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the UNet, which takes nearly all the time; the VAE and the vocoder stay in float32 (default: auto, "
+        "bfloat16 where the device computes in it, float16 on other CUDA devices, else float32)",
     )
     machine.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the model at work")
 
@@ -310,7 +355,7 @@ def parse_arguments(argv):
     if (args.prompt is None) == (args.prompts is None):
         raise CommandError("give either a prompt or --prompts FILE")
     if not args.model:
-        raise CommandError("give --model: a diffusers folder, or a Hub repo such as owner/name")
+        raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -320,6 +365,7 @@ def parse_arguments(argv):
         raise CommandError(
             f"device must be cpu, cuda, xpu or mps, or one of several as in cuda:1, got {args.device!r}"
         )
+    check_speed_arguments(args)
     check_audio_arguments(args)
     if args.prompts is not None:
         if not args.output:
@@ -356,7 +402,9 @@ def plan_sounds(args, first_seed, defaults):
                     "steps": request.get("steps", steps),
                     "guidance": request.get("guidance", guidance),
                     "scheduler": defaults["scheduler"],
-                    "model": args.model,
+                    "model": model_name(args.model),
+                    **({"lora": args.lora} if args.lora else {}),
+                    **{name: getattr(args, name) for name in SPEED_SETTINGS if getattr(args, name) is not None},
                     **args.audio_settings,
                 }
             )
@@ -477,7 +525,38 @@ def read_model_defaults(model):
         ) from error
 
 
-def choose_device_and_dtype(args, state):
+def model_name(model):
+    return "tango-tiny" if model == TANGO_TINY else model
+
+
+def fast_settings(model):
+    """What `--fast` sets for a model, by the width of its UNet."""
+    from diffusers import UNet2DConditionModel
+
+    width = max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"])
+    return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
+
+
+def choose_dtypes(name, device):
+    """The dtype of each model on a device, as `from_pretrained` takes it, for a `--dtype`."""
+    import torch
+
+    device = torch.device(device)
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        elif device.type == "xpu" and torch.xpu.is_bf16_supported():
+            name = "bfloat16"
+        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            name = "bfloat16"
+    dtypes = {"default": torch.float32, "unet": getattr(torch, name)}
+    if name == "bfloat16":  # float16 overflows in T5
+        dtypes["text_encoder"] = torch.bfloat16
+    return dtypes
+
+
+def choose_device(args, state):
     import torch
 
     if state.num_processes > 1 and args.device not in (None, state.device.type):
@@ -492,17 +571,11 @@ def choose_device_and_dtype(args, state):
             raise CommandError(f"device {args.device} is not there: {str(error).splitlines()[0]}") from error
     if args.cpu_offload and device.type == "cpu":
         raise CommandError("--cpu_offload needs an accelerator, and this runs on the CPU")
-    dtype = "float32"
-    if device.type == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif device.type == "xpu" and torch.xpu.is_bf16_supported():
-        dtype = "bfloat16"
-    return device, getattr(torch, args.dtype or dtype)
+    return device
 
 
-def load_pipeline(args, device, dtype):
+def load_pipeline(args, device, dtypes):
     import diffusers
-    import torch
     import transformers
 
     from . import SCHEDULERS, TangoPipeline
@@ -510,11 +583,18 @@ def load_pipeline(args, device, dtype):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model, dtype={"default": torch.float32, "unet": dtype})
+        pipe = TangoPipeline.from_pretrained(args.model, dtype=dtypes)
     except Exception as error:  # files that are not ours: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
+    if args.lora:
+        try:
+            pipe.load_lora_weights(args.lora)
+        except Exception as error:
+            raise RuntimeError(f"cannot load LoRA weights from {args.lora}: {error}") from error
     if args.scheduler:
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    if args.deep_cache is not None:
+        pipe.enable_deep_cache(interval=args.deep_cache)
     if args.cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
@@ -541,7 +621,8 @@ def find_missing(args, sounds, paths, manifest):
     for sound in sounds:
         wav = paths[sound["file"]][0]
         record = records.get(sound["file"], {})
-        changed = [name for name in {**sound, **dict.fromkeys(AUDIO_SETTINGS)} if record.get(name) != sound.get(name)]
+        names = {**sound, **dict.fromkeys(("lora", *AUDIO_SETTINGS, *SPEED_SETTINGS))}
+        changed = [name for name in names if record.get(name) != sound.get(name)]
         if record and changed and wav.exists() and not args.overwrite:
             name = changed[0]
             raise CommandError(
@@ -564,8 +645,12 @@ def make_sounds(args):
 
     # On CPUs, processes find each other only if told so. The slowest of them is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
-    device, dtype = choose_device_and_dtype(args, state)
+    device = choose_device(args, state)
+    dtypes = choose_dtypes(args.dtype, device)
     defaults = read_model_defaults(args.model)
+    for name, value in fast_settings(args.model).items() if args.fast else ():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.scheduler:
         defaults["scheduler"] = SCHEDULERS[args.scheduler].__name__
 
@@ -597,12 +682,13 @@ def make_sounds(args):
         share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
         there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
         say(
-            f"{args.model} on {device} in {str(dtype).removeprefix('torch.')}, "
+            f"{model_name(args.model)} on {device} in "
+            f"{str(dtypes['unet']).removeprefix('torch.')}, "
             f"{defaults['scheduler']}, seed {seed}{seed_note}, "
             f"sounds to make: {len(todo)}{there}{share}"
         )
     todo = todo[state.process_index :: state.num_processes]
-    pipe = load_pipeline(args, device, dtype) if todo else None
+    pipe = load_pipeline(args, device, dtypes) if todo else None
     compute_in_s = sound_in_s = 0.0
     for batch in split_into_batches(todo, args.batch_size):
         pipe.set_progress_bar_config(
@@ -616,6 +702,7 @@ def make_sounds(args):
             num_inference_steps=batch[0]["steps"],
             guidance_scale=batch[0]["guidance"],
             generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
+            guidance_interval=args.guidance_interval or (0.0, 1.0),
             **args.audio_options,
         ).audios
         compute_in_s += time.perf_counter() - start

@@ -17,11 +17,21 @@ from PIL import Image
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, __version__
-from pipeline_tango.__main__ import SCHEDULER_NAMES, draw_spectrogram, encode_wav, main, read_audio, read_prompts
+from pipeline_tango.__main__ import (
+    FAST,
+    SCHEDULER_NAMES,
+    choose_dtypes,
+    draw_spectrogram,
+    encode_wav,
+    fast_settings,
+    main,
+    read_audio,
+    read_prompts,
+)
 
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--steps", "2", "--seconds", "0.1", "--device", "cpu"]
+QUICK = ["--steps", "2", "--seconds", "0.1", "--device", "cpu", "--dtype", "float32"]
 
 
 def records_of(folder):
@@ -118,12 +128,61 @@ def test_length_is_exact_and_defaults_to_that_of_the_checkpoint(tango, tiny_fold
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_unet_in_half_precision_makes_nearly_the_same_sound(tango, dtype, capsys):
+def test_half_precision_makes_nearly_the_same_sound(tango, dtype, capsys):
     assert tango("rain", "--seed", 0, "-o", "full.wav") == 0
     assert tango("rain", "--seed", 0, "-o", "half.wav", "--dtype", dtype) == 0
     assert f"on cpu in {dtype}" in capsys.readouterr().err
     full, half = (wavfile.read(name)[1].astype(float) for name in ("full.wav", "half.wav"))
     assert 0 < np.abs(full - half).std() < 0.1 * full.std()
+
+
+def test_only_the_unet_is_in_float16_and_auto_follows_the_device(monkeypatch):
+    assert choose_dtypes("float16", "cpu") == {"default": torch.float32, "unet": torch.float16}
+    bfloat16 = {"default": torch.float32, "unet": torch.bfloat16, "text_encoder": torch.bfloat16}
+    float32 = {"default": torch.float32, "unet": torch.float32}
+    assert choose_dtypes("bfloat16", "cpu") == bfloat16
+    for has_instructions, dtypes in ((False, float32), (True, bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_dtypes("auto", "cpu") == dtypes
+        assert choose_dtypes("float32", "cpu") == float32
+
+
+def test_fast_is_what_its_flags_are(tango, pipe, tmp_path):
+    Path("list.txt").write_text("rain\n")
+    asked = ("--prompts", "list.txt", "--steps", 4)
+    assert tango(*asked, "-o", "fast", "--fast") == 0
+    assert tango(*asked, "-o", "flags", "--scheduler", "dpm++", "--guidance_interval", "0.25-0.75") == 0
+    assert tango(*asked, "-o", "other", "--fast", "--guidance_interval", "0-1", "--scheduler", "ddim") == 0
+    fast, flags, other = (records_of(tmp_path / name)[0] for name in ("fast", "flags", "other"))
+    assert fast == flags and bytes_of(tmp_path / "fast") == bytes_of(tmp_path / "flags")
+    assert fast["scheduler"] == "DPMSolverMultistepScheduler" and fast["guidance_interval"] == [0.25, 0.75]
+    assert fast["steps"] == 4 and "deep_cache" not in fast  # a flag counts more, and a narrow UNet has no cache
+    assert other["scheduler"] == "DDIMScheduler" and other["guidance_interval"] == [0.0, 1.0]
+
+    pipe.scheduler = SCHEDULERS["dpm++"].from_config(pipe.scheduler.config)
+    options = {"num_inference_steps": 4, "guidance_interval": (0.25, 0.75), "audio_length_in_s": 0.1}
+    audio = pipe("rain", generator=torch.Generator().manual_seed(0), **options).audios[0]
+    assert np.abs(wavfile.read("fast/00001.wav")[1] - audio * 32768).max() <= 1
+
+
+@pytest.mark.parametrize("width, has_cache", [(640, False), (1280, True)])
+def test_fast_has_a_cache_for_wide_models(tmp_path, width, has_cache):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"block_out_channels": [320, width]}))
+    assert ("deep_cache" in fast_settings(tmp_path)) == has_cache
+    assert fast_settings(tmp_path).items() <= FAST.items()
+
+
+def test_a_deep_cache_is_recorded_and_changes_the_sound(tango, tmp_path, capsys):
+    Path("list.txt").write_text("rain\n")
+    assert tango("--prompts", "list.txt", "-o", "out", "--steps", 4) == 0
+    assert tango("--prompts", "list.txt", "-o", "out", "--steps", 4, "--deep_cache", 2) == 2
+    assert "was made with deep_cache None, not 2" in capsys.readouterr().err
+    plain = bytes_of(tmp_path / "out")
+    assert tango("--prompts", "list.txt", "-o", "out", "--steps", 4, "--deep_cache", 2, "--overwrite") == 0
+    assert records_of(tmp_path / "out")[0]["deep_cache"] == 2
+    assert bytes_of(tmp_path / "out")["00001.wav"] != plain["00001.wav"]
 
 
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
@@ -426,6 +485,10 @@ def test_a_wrong_sound_to_start_from_is_told_in_one_line(error_of, tmp_path, mon
         (["rain", "--batch_size", "0"], "batch_size must be"),
         (["rain", "--scheduler", "flow"], "invalid choice: 'flow'"),
         (["rain", "--dtype", "int8"], "invalid choice"),
+        (["rain", "--guidance_interval", "0.5"], "guidance_interval must be such as 0.25-0.75"),
+        (["rain", "--guidance_interval", "0.7-0.2"], "guidance_interval must ascend from 0 to 1"),
+        (["rain", "--guidance_interval", "0-2"], "guidance_interval must ascend from 0 to 1"),
+        (["rain", "--deep_cache", "0"], "deep_cache must be a whole number from 1"),
         (["rain", "--device", "tpu"], "device must be cpu"),
         (["rain", "--device", "cuda:99"], "device cuda:99 is not there"),
         (["rain", "--device", "cpu", "--cpu_offload"], "needs an accelerator"),
@@ -484,7 +547,7 @@ def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, con
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
-    assert "give --model" in error_of("rain")[1]
+    assert "--model must be" in error_of("rain", "--model", "")[1]
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
     status, line = error_of("rain", "--model", original_checkpoint)
@@ -526,6 +589,7 @@ def test_a_wrong_command_line_does_not_import_torch():
 
 
 FLAGS = ["--seconds", "--steps", "--takes", "--seed", "--guidance", "--prompts", "-o", "--spectrogram", "--device"]
+FLAGS += ["--fast", "--guidance_interval", "--deep_cache"]
 FLAGS += ["--audio", "--strength", "--mask", "--continue", "--frequency_mask"]
 FLAGS += ["--negative_prompt", "--scheduler", "--dtype", "--quiet", "--overwrite", "--batch_size", "--help", "--", "-"]
 VALUES = ["0", "1", "2", "-1", "0.05", "nan", "1e999", "9" * 30, "rain", "a.wav", "a.png", "list", "out", "cpu", "lcm"]
