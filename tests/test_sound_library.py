@@ -420,6 +420,7 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     assert "{flags}" not in card and "{credits}" not in card
     assert (tmp_path / "tiny" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "tiny" / "pipeline.py").exists()
+    assert all(str(tiny_folder) not in path.read_text() for path in (tmp_path / "tiny").rglob("*.json"))
 
 
 def test_assembling_anew_replaces_and_a_missing_run_is_told_first(tiny_folder, tmp_path, capsys):

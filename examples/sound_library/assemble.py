@@ -104,6 +104,7 @@ def main(argv=None):
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
     parser.add_argument("--figures", type=Path, help="Markdown with what was measured")
+    parser.add_argument("--pictures", type=Path, nargs="*", default=[], help="PNG files that it shows")
     parser.add_argument("--output", type=Path, required=True, help="folder, replaced if it exists")
     args = parser.parse_args(argv)
 
@@ -148,8 +149,14 @@ def main(argv=None):
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial)
     (partial / "pipeline.py").unlink()  # the package has it
+    for path in (partial / "model_index.json", *partial.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a folder of whoever assembled it
+        path.write_text(json.dumps(config, indent=2) + "\n")
     if runs:
         write_atomically(partial / "training.png", draw_curves(runs))
+    for picture in args.pictures:
+        shutil.copy(picture, partial)
     write_atomically(partial / "README.md", card.encode())
     earlier = args.output.with_name(f".{args.output.name}.earlier")
     if args.output.exists():
