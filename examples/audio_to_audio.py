@@ -17,8 +17,7 @@ import numpy as np
 import soundfile
 import torch
 
-import pipeline_tango
-from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline
 from pipeline_tango.__main__ import draw_spectrogram, encode_wav
 
 
@@ -73,18 +72,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     examples = {"fill": fill, "vary": vary, "continue": continue_, "long": long}
     parser.add_argument("examples", nargs="*", metavar="EXAMPLE", help="fill, vary, continue, long (default: all)")
-    parser.add_argument(
-        "--model", default=getattr(pipeline_tango, "TANGO_TINY", None), help="diffusers folder or repo"
-    )
+    parser.add_argument("--model", default=TANGO_TINY, help="diffusers folder or repo (default: tango-tiny)")
     parser.add_argument("--output_dir", type=Path, default=Path("out"))
     parser.add_argument("--num_inference_steps", type=int, default=25)
     args = parser.parse_args()
     if unknown := set(args.examples) - set(examples):
         parser.error(f"no example {sorted(unknown)}, there are {', '.join(examples)}")
-    if args.model is None:
-        parser.error("give --model")
 
-    pipe = TangoPipeline.from_pretrained(args.model)
+    pipe = TangoPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.scheduler = SCHEDULERS["dpm++"].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(leave=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
