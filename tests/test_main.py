@@ -307,16 +307,23 @@ def test_two_processes_share_a_list(tango, tiny_folder, tmp_path):
 def test_ctrl_c_leaves_whole_sounds_only(tango, tmp_path, capsys):
     Path("list.jsonl").write_text('{"prompt": "rain"}\n{"prompt": "a long one", "steps": 900, "seconds": 5}\n')
     manifest = tmp_path / "out" / "manifest.jsonl"
+    stopped = threading.Event()
 
     def interrupt_the_second():
         while not (manifest.exists() and manifest.read_text().endswith("}\n")):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not stopped.is_set():  # again, as a user would: an exception in a destructor goes by unseen
+            os.kill(os.getpid(), signal.SIGINT)
+            stopped.wait(5)
 
     thread = threading.Thread(target=interrupt_the_second, daemon=True)
     thread.start()
-    assert tango("--prompts", "list.jsonl", "-o", "out") == 130
-    thread.join()
+    try:
+        code = tango("--prompts", "list.jsonl", "-o", "out")
+    finally:
+        stopped.set()
+        thread.join()
+    assert code == 130
     assert sorted(os.listdir("out")) == ["00001.wav", "manifest.jsonl"]
     assert [record["file"] for record in records_of(tmp_path / "out")] == ["00001.wav"]
     assert capsys.readouterr().err.splitlines()[-1] == "stopped"
