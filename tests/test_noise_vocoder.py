@@ -51,6 +51,21 @@ def test_an_untrained_vocoder_sounds_like_its_spectrogram(vocoder):
     assert silence[:, 10:90].mean() < -7
 
 
+@pytest.mark.parametrize("band", [10, 25, 40, 55])
+def test_a_loud_band_stays_a_band(vocoder, band):
+    bands = torch.full((1, 200, 64), -5.0)
+    bands[..., band] = -1
+    made = log_mel_spectrogram(vocode(vocoder, bands)[:, :32000])[0, 10:190].mean(0)
+    assert made.argmax() == band and made[band] == pytest.approx(-1, abs=1)
+    assert made[band - 8 : band - 5].max() < -3 and made[band + 6 : band + 9].max() < -3
+
+
+def test_a_steady_band_is_steady(vocoder):
+    # white noise would vary by 0.5 in narrow bands, and be heard as rough
+    made = log_mel_spectrogram(vocode(vocoder, torch.full((2, 200, 64), -2.0))[:, :32000])[:, 10:190]
+    assert made[..., :32].std(1).mean() < 0.4 and made[..., 48:].std(1).mean() < 0.25
+
+
 def test_its_sound_is_new_with_other_noise_and_at_every_frame(vocoder):
     sounds = vocode(vocoder, torch.full((2, 200, 64), -2.0))[:, 1600:-1600]
     assert abs(torch.corrcoef(sounds)[0, 1]) < 0.1

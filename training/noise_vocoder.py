@@ -14,27 +14,28 @@ from torch.nn.functional import leaky_relu
 from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 
 
 SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, or it would be small beside what a step of Adam changes
-NUM_NARROW_BANDS = 28  # up to 1.4 kHz: one random number a frame is as much as fits into their width
-NARROW_UNITS, WIDE_UNITS = 3, 4  # of the first layer that make an exponential function
+NUM_UNITS = 5  # of the first layer that make an exponential function
 LOUDEST, SOFTEST = 1.5, -7.5  # log-mel values that it covers
-JITTER = 0.7  # of the level of each of the two whose difference is the amplitude of a narrow band, in log units
-SIGN_DEVIATION = 4.0  # of the noise whose clipping makes the signs in wide bands
+NOISE_DEVIATION = 3.0  # of the noise that is clipped to the amplitude of its band
+TONE_WIDTH = 50  # in Hz: of a band that one tone of 32 ms fills
+WIDEST = 180  # in Hz: wider bands hold white noise
+LEVEL_OFFSET = 0.2  # by which flat spectra come out too quiet, for what flows from peaks into valleys is too much
 
 
 @torch.no_grad()
 def initialise(vocoder, num_noise_channels):
-    """Random weights, of which a part makes a noise vocoder: before any training it sounds like its spectrogram.
+    """Random weights, over which a noise vocoder is written: before any training it sounds like its spectrogram.
 
-    Two ways to multiply noise with the amplitude of a band, of which a net of leaky ReLUs has neither:
-
-    - Narrow bands, in the first layer, at 100 Hz: `exp(mel + noise) - exp(mel + other noise)` is a random number as
-      loud as the band. The first upsampler makes it a grain of 32 ms of noise in the band.
-    - Wide bands, after the first upsampler, at 500 Hz: `(|noise + a| - |noise - a|) / 2` is the noise clipped to the
-      amplitude `a`. The second upsampler makes it a grain of 8 ms.
+    - The first layer, at 100 Hz, makes the amplitude of each band, the exponential function by a few leaky ReLUs, and
+      hands the noise on.
+    - The first upsampler, at 500 Hz, interpolates the amplitude `a` and makes the noise of the band: tones of 32 ms at
+      its frequency modulo 500 Hz, as loud as the noise channels say. The leaky ReLUs after it multiply the two in the
+      only way they can: `(|noise + a| - |noise - a|) / 2` is the noise clipped to the amplitude.
+    - The second upsampler makes each such number a grain of 8 ms in the band, and so picks the multiple of 500 Hz.
 
     Everything after that hands samples on, in pairs of opposite sign. All of it can be trained away from. A vocoder
     that is too small for it, or without noise channels, gets random weights only.
@@ -57,66 +58,55 @@ def initialise(vocoder, num_noise_channels):
         for layer in block.convs2:
             layer.weight.mul_(0.3)  # the sum of the branches stays as loud as what they are added to
 
-    # samples of the waveform that one time step of each stage stands for, two channels each
+    # samples of the waveform that one time step of each stage stands for, two channels each but in the first stage
     sizes = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
-    num_wide_bands = NUM_MEL_BINS - NUM_NARROW_BANDS
-    num_units = 2 * NARROW_UNITS * NUM_NARROW_BANDS + WIDE_UNITS * num_wide_bands + 2 * num_noise_channels
-    nums_used = [2 * size for size in sizes]
-    nums_used[0] += 4 * num_wide_bands
+    nums_used = [4 * NUM_MEL_BINS, *(2 * size for size in sizes[1:])]
+    num_units = NUM_UNITS * NUM_MEL_BINS + 2 * num_noise_channels
     widths = [first.out_channels, *(up.out_channels for up in vocoder.upsampler)]
     if num_noise_channels == 0 or any(used > width for used, width in zip([num_units, *nums_used], widths)):
         vocoder.conv_post.weight.mul_(0.1)
         return
 
-    # 1. The first layer: levels, and the noise handed on
+    # 1. The first layer: amplitudes, and the noise handed on
     middle = first.kernel_size[0] // 2
     first.weight[:num_units] = 0
     first.bias[:num_units] = 0
-    narrow_amplitudes = torch.zeros(first.out_channels, NUM_NARROW_BANDS)
-    wide_amplitudes = torch.zeros(first.out_channels, num_wide_bands)
-    unit = 0
-    knots, signs, weights, _ = exponential_units(NARROW_UNITS, slope)
-    for band in range(NUM_NARROW_BANDS):
-        for side in (1, -1):
-            jitter = torch.randn(num_noise_channels)
-            jitter *= JITTER / jitter.norm()
-            units = slice(unit, unit := unit + NARROW_UNITS)
-            first.weight[units, band, middle] = signs
-            first.weight[units, NUM_MEL_BINS:, middle] = signs[:, None] * jitter
-            first.bias[units] = -signs * knots
-            narrow_amplitudes[units, band] = side * weights
-    knots, signs, weights, least = exponential_units(WIDE_UNITS, slope)
-    for band in range(num_wide_bands):
-        units = slice(unit, unit := unit + WIDE_UNITS)
-        first.weight[units, NUM_NARROW_BANDS + band, middle] = signs
+    knots, signs, weights, least = exponential_units(NUM_UNITS, slope)
+    amplitudes = torch.zeros(first.out_channels, NUM_MEL_BINS)
+    for band in range(NUM_MEL_BINS):
+        units = slice(band * NUM_UNITS, (band + 1) * NUM_UNITS)
+        first.weight[units, band, middle] = signs
         first.bias[units] = -signs * knots
-        wide_amplitudes[units, band] = weights
-    noise_units = slice(unit, unit + 2 * num_noise_channels)
+        amplitudes[units, band] = weights
+    noise_units = slice(NUM_UNITS * NUM_MEL_BINS, num_units)
     first.weight[noise_units, NUM_MEL_BINS:, middle] = torch.eye(num_noise_channels).repeat_interleave(2, dim=0)
-    first.weight[unit + 1 : noise_units.stop : 2] *= -1
+    first.weight[noise_units.start + 1 : num_units : 2] *= -1
 
-    # 2. The first upsampler: narrow grains, later; and noise and amplitude of each wide band
+    # 2. The first upsampler: noise and amplitude of each band
     up = vocoder.upsampler[0]
     up.weight.mul_(0.05)  # what is not handed on starts out weak
     up.weight[:, : nums_used[0]] = 0
     distance = torch.arange(up.kernel_size[0]) - up.padding[0] - up.stride[0] // 2  # from the middle of a frame
     between_frames = (1 - distance.abs() / up.stride[0]).clamp(min=0)  # linear interpolation
-    reach = (distance >= -up.stride[0]) & (distance < up.stride[0])  # two frames of noise for each time step
-    for band in range(num_wide_bands):
-        noise = SIGN_DEVIATION * (2 * num_noise_channels) ** -0.5 * torch.randn(num_noise_channels, len(reach)) * reach
+    step_rate = MEL_SAMPLING_RATE / sizes[0]
+    centres, bandwidths = mel_bands()
+    for band in range(NUM_MEL_BINS):
+        noise = band_noise(centres[band], bandwidths[band], num_noise_channels, distance / step_rate)
+        noise *= NOISE_DEVIATION * (noise.square().sum() / up.stride[0]) ** -0.5
         noise = torch.stack([noise, -noise], dim=1).flatten(0, 1) / (1 + slope)
         # noise + a, -noise - a, noise - a, a - noise
         for i, (sign, sign_of_amplitude) in enumerate(((1, 1), (-1, -1), (1, -1), (-1, 1))):
-            channel = 2 * sizes[0] + 4 * band + i
-            up.weight[:, channel] = sign_of_amplitude * wide_amplitudes[:, band, None] * between_frames
+            channel = 4 * band + i
+            up.weight[:, channel] = sign_of_amplitude * amplitudes[:, band, None] * between_frames
             up.weight[noise_units, channel] = sign * noise
             up.bias[channel] = -sign_of_amplitude * least
 
     # 3. Samples handed on
     for i, (size, up) in enumerate(zip(sizes, vocoder.upsampler)):
-        used = 2 * size
+        used = nums_used[i]
         if i > 0:
             up.weight[:, :used] = 0
+        if i > 1:
             for channel in range(used):
                 sample, sign = channel // 2, 1 - 2 * (channel % 2)
                 for phase in range(up.stride[0]):
@@ -125,28 +115,24 @@ def initialise(vocoder, num_noise_channels):
                     up.weight[source + 1, channel, phase + up.padding[0]] = -sign / (1 + slope)
         for block in vocoder.resblocks[i * vocoder.num_kernels : (i + 1) * vocoder.num_kernels]:
             for layer in block.convs2:
-                layer.weight[: nums_used[i]] = 0
+                layer.weight[:used] = 0
     last = vocoder.conv_post
     last.weight.mul_(2e-4)
     last.weight[:, :2] = 0
     last.weight[0, :2, last.kernel_size[0] // 2] = torch.tensor([0.5, -0.5]) / SIGNAL_SCALE
 
     # 4. Grains, whose levels are those of the spectrogram, in the median over loud and soft ones
-    narrow_grains = noise_grains(vocoder.upsampler[0], sizes[0])[:NUM_NARROW_BANDS]
-    wide_grains = short_grains(vocoder.upsampler[1], sizes[1])[NUM_NARROW_BANDS:]
+    up = vocoder.upsampler[1]
+    grains = band_grains(up.kernel_size[0] * sizes[1])
     level = torch.linspace(-5, 0, 8)[:, None, None].expand(-1, 200, NUM_MEL_BINS)
     inputs = torch.cat([level, torch.randn(*level.shape[:2], num_noise_channels)], dim=2)
-    wide_channels = 2 * sizes[0] + 4 * torch.arange(num_wide_bands)
     for _ in range(4):
-        table = (narrow_amplitudes @ narrow_grains).unflatten(1, (-1, sizes[0])).transpose(1, 2)
-        hand_on(vocoder.upsampler[0], slice(None), table)
-        table = wide_grains.unflatten(1, (-1, sizes[1])).transpose(1, 2) / (2 - 2 * slope)  # (bands, samples, taps)
+        table = grains.unflatten(1, (-1, sizes[1])).transpose(1, 2) / (2 - 2 * slope)  # (bands, samples, taps)
         for i, sign in enumerate((1, 1, -1, -1)):
-            hand_on(vocoder.upsampler[1], wide_channels + i, sign * table)
+            up.weight[i : nums_used[0] : 4, 0 : nums_used[1] : 2] = sign * table
+            up.weight[i : nums_used[0] : 4, 1 : nums_used[1] : 2] = -sign * table
         made = log_mel_spectrogram(vocoder(inputs)[:, : level.shape[1] * math.prod(config.upsample_rates)])
-        gain = (level - made)[:, 10:-10].flatten(0, 1).median(0).values.exp()
-        narrow_grains *= gain[:NUM_NARROW_BANDS, None]
-        wide_grains *= gain[NUM_NARROW_BANDS:, None]
+        grains *= (level - LEVEL_OFFSET - made)[:, 10:-10].flatten(0, 1).median(0).values.exp()[:, None]
 
 
 def exponential_units(num_units, slope):
@@ -173,9 +159,9 @@ def exponential_units(num_units, slope):
     return knots, signs, weights, float(least)
 
 
-def mel_filters(length):
-    """Responses of the mel bands, (bands, frequencies), and the frequencies of an FFT of `length` in hertz."""
-    frequencies = torch.fft.rfftfreq(length, 1 / MEL_SAMPLING_RATE)
+def mel_bands():
+    """Centres and widths of the mel bands in Hz, as lists."""
+    frequencies = torch.fft.rfftfreq(8192, 1 / MEL_SAMPLING_RATE)
     filters = mel_filter_bank(
         len(frequencies),
         NUM_MEL_BINS,
@@ -185,32 +171,32 @@ def mel_filters(length):
         norm="slaney",
         mel_scale="slaney",
     )
-    return torch.tensor(filters.T, dtype=torch.float32), frequencies
+    filters = torch.tensor(filters.T, dtype=torch.float32)
+    centres = filters @ frequencies / filters.sum(1)
+    bandwidths = filters.sum(1) / filters.amax(1) * frequencies[1]
+    return centres.tolist(), bandwidths.tolist()
 
 
-def noise_grains(up, size):
-    """A grain of noise in each band, as long as the upsampler's kernel: (bands, samples)."""
-    length = up.kernel_size[0] * size
-    filters, frequencies = mel_filters(length)
-    return windowed(torch.fft.irfft(filters * torch.randn(filters.shape, dtype=torch.complex64), n=length))
+def band_noise(centre, bandwidth, num_noise_channels, time):
+    """What each noise channel, one number a frame, adds to the noise of a band at `time` in seconds from the middle of
+    the frame: (channels, time). A narrow band holds tones that fade in and out, a wide one white noise."""
+    if bandwidth >= WIDEST:
+        reach = (time >= -MEL_HOP_LENGTH / MEL_SAMPLING_RATE) & (time < MEL_HOP_LENGTH / MEL_SAMPLING_RATE)
+        return torch.randn(num_noise_channels, len(time)) * reach  # two frames for each time
+    noise = torch.zeros(num_noise_channels, len(time))
+    fade = torch.hann_window(len(time) + 1, periodic=False)[1:]
+    num_tones = max(1, round(bandwidth / TONE_WIDTH))
+    for i in range(num_tones):
+        frequency = centre + bandwidth * ((i + 0.5) / num_tones - 0.5)
+        for quarter in (0, 0.25):
+            tone = fade * torch.cos(2 * math.pi * (frequency * time + quarter))
+            noise += torch.randn(num_noise_channels, 1) * tone
+    return noise
 
 
-def short_grains(up, size):
-    """A grain of zero phase in each band, as long as the upsampler's kernel: (bands, samples)."""
-    length = up.kernel_size[0] * size
-    filters, frequencies = mel_filters(8192)
-    delay = torch.exp(-2j * math.pi * frequencies / MEL_SAMPLING_RATE * (length / 2))
-    return windowed(torch.fft.irfft(filters * delay, n=8192)[:, :length])
-
-
-def windowed(grains):
-    grains = grains * torch.hann_window(grains.shape[1])
+def band_grains(length):
+    """A grain of `length` samples in the middle of each band: (bands, length)."""
+    time = (torch.arange(length) - length / 2) / MEL_SAMPLING_RATE
+    centres, _ = mel_bands()
+    grains = torch.cos(2 * math.pi * torch.tensor(centres)[:, None] * time) * torch.hann_window(length)
     return SIGNAL_SCALE * grains / grains.norm(dim=1, keepdim=True)
-
-
-def hand_on(up, rows, table):
-    """Write what `up` makes of its inputs `rows`, (rows, samples, taps), into its first channels: samples in pairs of
-    opposite sign."""
-    used = 2 * table.shape[1]
-    up.weight[rows, 0:used:2] = table
-    up.weight[rows, 1:used:2] = -table
