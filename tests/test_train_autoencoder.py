@@ -130,6 +130,15 @@ def test_a_vae_or_the_vae_of_a_pipeline_can_be_fine_tuned(arguments, tiny_folder
     assert_same_weights(weights(tmp_path / "second" / "model"), weights(tiny_folder / "vae"))
 
 
+def test_a_frozen_encoder_makes_the_same_latents(arguments, tiny_folder, tmp_path):
+    flags = ("--max_train_steps=2", "--freeze_encoder", "--use_ema", "--adversarial_weight=0.05")
+    flags += ("--pretrained_model_name_or_path", tiny_folder)
+    assert main(arguments(tmp_path, *flags, config=None)) == 0
+    before, after = weights(tiny_folder / "vae"), weights(tmp_path / "model")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 def test_the_default_vae_is_one_that_the_converter_writes(arguments, tmp_path):
     vae = load_vae(parse_args(arguments(tmp_path, config=None)))
     assert vae_factor(vae) == 4 and sum(p.numel() for p in vae.parameters()) == 2_715_017

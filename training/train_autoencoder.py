@@ -80,6 +80,11 @@ def parse_args(argv=None):
     start.add_argument(
         "--pretrained_model_name_or_path", help="folder or Hub repo of a VAE, or of a pipeline with one"
     )
+    start.add_argument(
+        "--freeze_encoder",
+        action="store_true",
+        help="train the decoder only: latents, and with them a UNet trained on them, stay",
+    )
 
     data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of a text, which is not used (default: by convention)")
@@ -372,7 +377,10 @@ def train(args):
 
     # 1. Models
     vae = load_vae(args).to(device)
-    parameters = list(vae.parameters())
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     factor = vae_factor(vae)
     discriminator = None
     if args.adversarial_weight:
