@@ -80,13 +80,19 @@ MEL_SAMPLING_RATE = 16000
 MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
+MEL_MATCH_FRAMES = 5  # over which `match_mel_spectrogram` averages
+MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
 MIN_MEL_MAGNITUDE = 1e-5
 
 TRAINING_PEAK = 0.5  # of the sounds that the VAE was trained on, after removal of their mean
 SILENT_PEAK = 1e-4  # three steps of 16-bit audio
 CROSSFADE_IN_S = 0.02
-SEAM_CONTEXT_IN_S = 0.5  # over how much kept sound the colour of the made sound beside it is matched
+SEAM_CONTEXT_IN_S = 0.5  # over how much kept sound the made version of it is matched to it
 MAX_MATCH_DB = 12.0
+SEAM_SIDE_IN_S = 0.2  # how much sound on either side of a seam is compared to make it even
+SEAM_FADE_IN_S = 0.4  # how far into the made sound that reaches
+MAX_STEP_DB = 24.0
+AUDIBLE_DB = 60.0  # below the loudest mel band: what is quieter there is not matched
 
 DEEP_CACHE_HOOK = "deep_cache"
 
@@ -128,14 +134,52 @@ def log_mel_spectrogram(waveform):
     if waveform.shape[1] <= MEL_FFT_LENGTH // 2:
         raise ValueError(f"`waveform` needs more than {MEL_FFT_LENGTH // 2} samples, not {waveform.shape[1]}.")
 
-    # in float64 first: the float32 window is off by 1e-7, which shows in quiet bands beside loud ones
-    window = torch.hann_window(MEL_FFT_LENGTH, dtype=torch.float64).float().to(waveform.device)
-    spectrum = torch.stft(
-        waveform.float(), MEL_FFT_LENGTH, MEL_HOP_LENGTH, window=window, pad_mode="reflect", return_complex=True
-    )  # (batch, num_frequency_bins, num_frames)
     num_frames = math.ceil(waveform.shape[1] / MEL_HOP_LENGTH)
-    magnitude = spectrum[..., :num_frames].abs().transpose(1, 2)  # (batch, num_frames, num_frequency_bins)
-    return (magnitude @ _mel_filters().to(waveform.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
+    spectrum = torch.stft(waveform.float(), **_mel_stft(waveform.device), pad_mode="reflect", return_complex=True)
+    return _log_mel(spectrum[..., :num_frames])
+
+
+def _mel_stft(device):
+    """Arguments of the transform for `torch.stft` and `torch.istft`."""
+    # in float64 first: the float32 window is off by 1e-7, which shows in quiet bands beside loud ones
+    window = torch.hann_window(MEL_FFT_LENGTH, dtype=torch.float64).float().to(device)
+    return {"n_fft": MEL_FFT_LENGTH, "hop_length": MEL_HOP_LENGTH, "window": window}
+
+
+def _log_mel(spectrum):
+    magnitude = spectrum.abs().transpose(1, 2)  # (batch, num_frames, num_frequency_bins)
+    return (magnitude @ _mel_filters().to(spectrum.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
+
+
+def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
+    """A waveform with the levels that a log-mel spectrogram asks for, in each of its bands at each moment.
+
+    What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
+    it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
+    leaves the phases as they are; they are what keeps one iteration from being enough. Differences are averaged over
+    five frames, so that the roughness of noise stays, of which a spectrogram from an autoencoder has too little.
+
+    Args:
+        waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
+        mel_spectrogram (`torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`): as [`log_mel_spectrogram`] makes
+            them, for as many hops as are in `waveform`.
+        num_iterations (`int`, *optional*, defaults to 2): 0 returns `waveform`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, num_samples)`: float32.
+    """
+    options = _mel_stft(waveform.device)
+    filters = _mel_filters().to(waveform.device)
+    shares = filters / filters.sum(1, keepdim=True).clamp(min=1e-12)  # (num_frequency_bins, num_mel_bins)
+    for _ in range(num_iterations):
+        spectrum = torch.stft(waveform.float(), **options, pad_mode="reflect", return_complex=True)
+        num_frames = min(mel_spectrogram.shape[1], spectrum.shape[2])
+        difference = mel_spectrogram[:, :num_frames] - _log_mel(spectrum[..., :num_frames])
+        difference = difference.clamp(*MEL_MATCH_RANGE).transpose(1, 2)  # (batch, num_mel_bins, num_frames)
+        difference = F.avg_pool1d(difference, MEL_MATCH_FRAMES, 1, MEL_MATCH_FRAMES // 2, count_include_pad=False)
+        difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
+        waveform = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
+    return waveform
 
 
 def read_clips(audio, audio_sampling_rate):
@@ -382,37 +426,37 @@ def find_regions(is_made):
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def match_level(made, kept):
-    """Decibels that bring `made` to the level of `kept`, within 12 up or down; 0 beside silence."""
+def match_level(made, kept, max_db=MAX_MATCH_DB):
+    """Decibels that bring `made` to the level of `kept`, within `max_db` up or down; 0 beside silence."""
     made_level, kept_level = np.sqrt(np.mean(made**2)), np.sqrt(np.mean(kept**2))
     if min(made_level, kept_level) < SILENT_PEAK:
         return 0.0
-    return float(np.clip(20 * math.log10(kept_level / made_level), -MAX_MATCH_DB, MAX_MATCH_DB))
+    return float(np.clip(20 * math.log10(kept_level / made_level), -max_db, max_db))
 
 
-def match_spectrum(made, kept, frequencies, sampling_rate):
-    """Decibels at each of `frequencies` that bring `made` to the spectrum of `kept`, smoothed over about three mel
-    bands, within 12 up or down; those of `match_level` where there is too little sound for a spectrum."""
-    level = match_level(made, kept)
+def match_spectrum(made, kept, frequencies, max_db=MAX_MATCH_DB):
+    """Decibels at each of `frequencies` that bring `made` to the mean log-mel spectrum of `kept`, smoothed over about
+    three mel bands, within `max_db` up or down; those of `match_level` where there is too little sound for that."""
     if len(made) < 2 * MEL_FFT_LENGTH or min(np.abs(made).max(), np.abs(kept).max()) < SILENT_PEAK:
-        return np.full(len(frequencies), level)
-    window = {"fs": sampling_rate, "nperseg": MEL_FFT_LENGTH, "scaling": "spectrum", "detrend": False}
-    made_power, kept_power = (scipy.signal.welch(each, **window)[1] @ _mel_filters().numpy() for each in (made, kept))
-    floor = 1e-8 * max(made_power.max(), kept_power.max())
-    match = 10 * np.log10((kept_power + floor) / (made_power + floor))
-    match = np.convolve(np.pad(match, 1, "edge"), [0.25, 0.5, 0.25], "valid")
+        return np.full(len(frequencies), match_level(made, kept, max_db))
+    inner = slice(MEL_FFT_LENGTH // 2 // MEL_HOP_LENGTH + 1, -MEL_FFT_LENGTH // 2 // MEL_HOP_LENGTH)  # frames inside
+    waveforms = torch.from_numpy(np.stack([made, kept]).astype(np.float32))
+    mels_db = 20 / math.log(10) * log_mel_spectrogram(waveforms)[:, inner].numpy()  # (2, num_frames, num_mel_bins)
+    made_db, kept_db = np.maximum(mels_db, mels_db.max() - AUDIBLE_DB).mean(axis=1)
+    match = np.convolve(np.pad(kept_db - made_db, 1, "edge"), [0.25, 0.5, 0.25], "valid")
     highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
     centres = mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")[1:-1]
-    return np.interp(frequencies, centres, match.clip(-MAX_MATCH_DB, MAX_MATCH_DB))
+    return np.interp(frequencies, centres, match.clip(-max_db, max_db))
 
 
 def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
     """`audio` with `made` in its place where `is_made`.
 
     Both are the same sound where `audio` is kept, `made` after VAE and vocoder: the spectrum of `made` is corrected by
-    their difference beside each seam, going over from one seam's to the next one's. On the kept side of a seam `made`
-    fades in over 20 ms, with weights that hold the power constant whatever the correlation of the two (Fink, Holters
-    and Zölzer, DAFx 2016). All other kept samples are those of `audio`.
+    their difference beside each seam, going over from one seam's to the next one's. At the seam itself it is that of
+    the kept sound on the other side, from which `made` goes over to its own within 0.4 s. On the kept side of a seam
+    `made` fades in over 20 ms, with weights that hold the power constant whatever the correlation of the two (Fink,
+    Holters and Zölzer, DAFx 2016). All other kept samples are those of `audio`.
 
     Args:
         made, audio (`np.ndarray` of shape `(num_samples,)`)
@@ -422,31 +466,45 @@ def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
     regions = find_regions(is_made)
     if not regions:
         return audio
-    fade_length = round(CROSSFADE_IN_S * sampling_rate)
-    context_length = round(SEAM_CONTEXT_IN_S * sampling_rate)
+    fade_length, context_length, side_length, reach = (
+        round(seconds * sampling_rate)
+        for seconds in (CROSSFADE_IN_S, SEAM_CONTEXT_IN_S, SEAM_SIDE_IN_S, SEAM_FADE_IN_S)
+    )
     edges = [0, *(edge for region in regions for edge in region), len(made)]
-    seams = []  # position, its kept side as a slice from the seam outwards, how much is kept there
+    seams = []  # position, the kept side (-1 before, 1 after), how much is kept there, how much made on the other
     for i, (start, end) in enumerate(regions):
         if start > 0:
-            num_kept = start - edges[2 * i]
-            seams.append((start, lambda length, at=start: np.arange(at - 1, at - 1 - length, -1), num_kept))
+            seams.append((start, -1, start - edges[2 * i], end - start))
         if end < len(made):
-            num_kept = edges[2 * i + 3] - end
-            seams.append((end, lambda length, at=end: np.arange(at, at + length), num_kept))
+            seams.append((end, 1, edges[2 * i + 3] - end, end - start))
+
+    def beside(position, side, length):
+        """Samples from a seam outwards, to the one or the other side."""
+        return position + np.arange(length) if side > 0 else position - 1 - np.arange(length)
+
     if not is_matched:
         frequencies, times, spectrum = scipy.signal.stft(made, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))
         matches = []
-        for _, outwards, num_kept in seams:
-            context = outwards(min(num_kept, context_length))
-            matches.append(match_spectrum(made[context], audio[context], frequencies, sampling_rate))
-        positions = [position / sampling_rate for position, _, _ in seams]
+        for position, side, num_kept, _ in seams:
+            context = beside(position, side, min(num_kept, context_length))
+            matches.append(match_spectrum(made[context], audio[context], frequencies))
+        positions = [position / sampling_rate for position, *_ in seams]
         matches_db = np.stack([np.interp(times, positions, each) for each in np.stack(matches, axis=1)])
+        for (position, side, num_kept, num_made), match in zip(seams, matches):
+            length = min(num_kept, num_made, side_length)
+            if length < MEL_FFT_LENGTH:
+                continue  # too little to tell a step from chance
+            inside, outside = beside(position, -side, length), beside(position, side, length)
+            step = match_spectrum(made[inside], audio[outside], frequencies, MAX_STEP_DB) - match
+            depth = side * (position - times * sampling_rate)  # into the made sound
+            share = np.clip(1 - depth / min(num_made / 2, reach), 0, 1) * (depth > -num_kept / 2)
+            matches_db += step[:, None] * share
         spectrum = spectrum * 10 ** (matches_db / 20)  # (frequencies, times)
         made = scipy.signal.istft(spectrum, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))[1][: len(made)]
 
     joined = np.where(is_made, made, audio)
-    for _, outwards, num_kept in seams:
-        fade = outwards(min(num_kept // 2, fade_length))
+    for position, side, num_kept, _ in seams:
+        fade = beside(position, side, min(num_kept // 2, fade_length))
         if not len(fade):
             continue
         kept_part, made_part = audio[fade], made[fade]
@@ -776,6 +834,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_guidance_scale (`float`, *optional*, defaults to 3.0): the same for `guidance_scale`.
         num_noise_channels (`int`, *optional*, defaults to 0): how many of the vocoder's inputs, the last ones, are
             white noise that it takes chance from (`training.train_vocoder`). The others are mel bins.
+        num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on what the
+            vocoder makes. Small vocoders need them.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -794,6 +854,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_num_inference_steps: int = 100,
         default_guidance_scale: float = 3.0,
         num_noise_channels: int = 0,
+        num_mel_corrections: int = 0,
     ):
         super().__init__()
         self.register_modules(
@@ -804,6 +865,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
             num_noise_channels=num_noise_channels,
+            num_mel_corrections=num_mel_corrections,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
@@ -1132,7 +1194,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             noise = randn_tensor(shape, device=mel_spectrogram.device)
         inputs = torch.cat([mel_spectrogram, noise.to(mel_spectrogram.dtype)], dim=3).squeeze(1)
         dtype = get_parameter_dtype(self.vocoder)  # not `.dtype`, which is the storage type under layerwise casting
-        return self.vocoder(inputs.to(dtype)).float()
+        waveform = self.vocoder(inputs.to(dtype)).float()
+        waveform = match_mel_spectrogram(waveform, mel_spectrogram[:, 0].float(), self.config.num_mel_corrections)
+        return waveform.clamp(-1, 1)
 
     def check_inputs(
         self,
@@ -2089,6 +2153,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 )
                 / rate
             )
+        # half a window to the frames that a correction changes, half a one to the samples that they are measured by
+        context += self.config.num_mel_corrections * (MEL_FFT_LENGTH / MEL_HOP_LENGTH + MEL_MATCH_FRAMES // 2)
         return math.ceil(context + 3 / rate) + 1  # the last convolution has a kernel of 7
 
     def _stream(self, stretches, output_type):

@@ -31,6 +31,7 @@ from scipy.io import wavfile
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline, log_mel_spectrogram
+from pipeline_tango.pipeline_tango import match_mel_spectrogram
 
 
 SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
@@ -277,6 +278,33 @@ def test_log_mel_spectrogram_has_gradients():
     assert torch.isfinite(waveform.grad).all() and waveform.grad.abs().max() > 0
 
 
+def test_a_waveform_is_matched_to_a_mel_spectrogram():
+    recording = read_wav("b.wav", 8000)[None]
+    mel = log_mel_spectrogram(recording)
+    noise = 0.1 * torch.randn(recording.shape, generator=torch.Generator().manual_seed(0))
+
+    def error(waveform):
+        difference = (log_mel_spectrogram(waveform) - mel)[mel > -7]  # -60 dB
+        return difference.abs().mean(), difference.mean()
+
+    errors = [error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 2, 6)]
+    assert torch.equal(match_mel_spectrogram(noise, mel, 0), noise)
+    assert all(after[0] < 0.8 * before[0] for before, after in zip(errors, errors[1:3]))
+    assert errors[3][0] < 0.25 * errors[0][0] and abs(errors[3][1]) < 0.15
+    assert (log_mel_spectrogram(match_mel_spectrogram(recording, mel)) - mel).abs().max() < 0.01  # nothing to do
+
+
+def test_matching_keeps_phases_and_lengths():
+    time = torch.arange(16033) / 16000
+    tone = torch.sin(2 * math.pi * 1000 * time)[None]
+    mel = log_mel_spectrogram(0.1 * tone[:, :16000])
+    matched = match_mel_spectrogram(tone, mel)
+    assert matched.shape == tone.shape and matched.dtype == torch.float32
+    assert (matched - 0.1 * tone)[:, 1000:-1000].abs().max() < 1e-3
+    silence = match_mel_spectrogram(torch.zeros(2, 1600), mel[:, :10].expand(2, -1, -1))
+    assert torch.equal(silence, torch.zeros(2, 1600))
+
+
 # Lengths
 
 
@@ -311,7 +339,14 @@ def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(compo
     assert not torch.equal(make(), make(guidance_scale=3.0))
     original = TangoPipeline(**components).config
     defaults = (original.default_num_inference_steps, original.default_guidance_scale, original.num_noise_channels)
-    assert defaults == (100, 3.0, 0)
+    assert defaults == (100, 3.0, 0) and original.num_mel_corrections == 0
+
+
+def test_the_vocoders_levels_are_corrected_if_the_checkpoint_says_so(components):
+    plain, corrected = (TangoPipeline(**components, num_mel_corrections=number) for number in (0, 2))
+    mel = log_mel_spectrogram(read_wav("b.wav", 8000)[None])[:, None, :48]
+    expected = match_mel_spectrogram(plain.mel_spectrogram_to_waveform(mel), mel[:, 0])
+    torch.testing.assert_close(corrected.mel_spectrogram_to_waveform(mel), expected.clamp(-1, 1))
 
 
 def test_noise_channels_reach_the_vocoder_and_come_from_the_generators(components):

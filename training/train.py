@@ -622,6 +622,7 @@ def make_sounds(args, accelerator, pipe, step):
         **pipe.components,
         default_audio_length_in_s=pipe.config.default_audio_length_in_s,
         num_noise_channels=pipe.config.num_noise_channels,
+        num_mel_corrections=pipe.config.num_mel_corrections,
     )
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(desc="validation sounds", leave=False)

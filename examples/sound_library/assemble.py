@@ -102,6 +102,7 @@ def main(argv=None):
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
+    parser.add_argument("--num_mel_corrections", type=int, default=0, help="of what the vocoder makes")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
     parser.add_argument("--figures", type=Path, help="Markdown with what was measured")
     parser.add_argument("--pictures", type=Path, nargs="*", default=[], help="PNG files that it shows")
@@ -130,6 +131,7 @@ def main(argv=None):
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
         num_noise_channels=pipe.vocoder.config.model_in_dim - NUM_MEL_BINS,
+        num_mel_corrections=args.num_mel_corrections,
     )
     card = (HERE / "card.md").read_text()
     for name, text in {
