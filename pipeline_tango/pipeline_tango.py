@@ -80,7 +80,7 @@ MEL_SAMPLING_RATE = 16000
 MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
-MEL_MATCH_FRAMES = 5  # over which `match_mel_spectrogram` averages
+MEL_MATCH_FRAMES = 9  # over which `match_mel_spectrogram` averages
 MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
 MIN_MEL_MAGNITUDE = 1e-5
 
@@ -157,7 +157,7 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
     What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
     it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
     leaves the phases as they are; they are what keeps one iteration from being enough. Differences are averaged over
-    five frames, so that the roughness of noise stays, of which a spectrogram from an autoencoder has too little.
+    nine frames, so that the roughness of noise stays, of which a spectrogram from an autoencoder has too little.
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
