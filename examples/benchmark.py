@@ -3,7 +3,7 @@
     python -m examples.benchmark --quick                                   # a small random model: under two minutes
     python -m examples.benchmark                                           # random weights of the released size
     python -m examples.benchmark --model tango2 --variants bf16 bf16+channels-last+deep-cache-3 preset --rounds 3
-    python -m examples.benchmark --model tango2 --variants preset --batch_sizes 1 2 4 8         # clips per minute
+    python -m examples.benchmark --model tango2 --variants preset --batch_sizes 1 2 4 8 --processes 1 2   # throughput
 
 A variant is one option, or several joined by `+`:
 
@@ -15,9 +15,14 @@ on when it is started again. The table and `results.json` hold medians over the 
 
     text, UNet step, VAE, vocoder, clip   seconds. A clip marked ~ is reckoned from --steps_timed steps, not measured
     RTF                                   real-time factor: seconds of work per second of sound
-    clips/min                             in batches of the size in the second column
-    GiB                                   peak: of the process on a CPU (Linux only), of what torch allocated on a GPU
-    step x, clip x                        how many times faster than `plain` in the same round and batch size
+    clips/min                             of all processes together, in batches of the size in the second column. The
+                                          processes, as of `accelerate launch`, start each run together and share the
+                                          cores; the times are the slowest one's, the memory is the sum
+    load                                  seconds from the call to `from_pretrained` on, files being in memory mostly
+    GiB                                   peak: of the process on a CPU (Linux only; what a file is mapped to counts
+                                          as far as it was read), of what torch allocated on a GPU
+    step x, clip x                        how many times faster than `plain` in the same round, of the same batch size
+                                          and number of processes
     floor, share                          the clip's arithmetic at the rate of a large matrix product of its types,
                                           measured in the same process; which share of that rate was reached. Where
                                           convolutions are faster than the product it goes above 100%
@@ -26,15 +31,19 @@ on when it is started again. The table and `results.json` hold medians over the 
                                           another scheduler or number of steps, where only a listener can tell
     cold                                  seconds of the first call with compilation, and in how many clips it pays
                                           against the same variant without, if that is among the variants
+    graphs                                compiled for that call + for another prompt and length after it, / breaks
 
 Random weights show speed and memory. What a variant does to the sound shows only with a trained --model.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
+import os
 import re
+import socket
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -46,7 +55,9 @@ from statistics import median
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
 from diffusers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -68,10 +79,14 @@ from pipeline_tango.__main__ import (
 OPTIONS = {
     "plain": "float32, eager, every step guided, the checkpoint's scheduler and number of steps",
     "bf16": "the four models in bfloat16",
+    "bf16-saved": "the same, from a copy of the checkpoint saved in it: for load and memory",
     "fp16": "the UNet in float16, in which the others overflow",
     "channels-last": "UNet and VAE with channels last in memory",
+    "conv2d-vocoder": "the vocoder's convolutions as 2-D ones, with channels last",
     "fused-qkv": "one matrix for queries, keys and values",
     "compile": "torch.compile of UNet, VAE decoder and vocoder",
+    "compile-dynamic": "the same, for all lengths and texts at once",
+    "compile-blocks": "the same, but of the UNet's resnets and transformer blocks one by one",
     "reduce-overhead": "the same with CUDA graphs; needs CUDA",
     "max-autotune": "the same, and kernels chosen by trial; needs CUDA",
     "deep-cache-N": "the UNet's inner blocks every N steps only",
@@ -80,13 +95,23 @@ OPTIONS = {
     "int8-dynamic": "the same, and multiplied in int8; needs torchao",
     "preset": "what `tango --fast` sets, and the types that it chooses on this device",
 }
+COMPILE_OPTIONS = {  # what torch.compile gets
+    "compile": {},
+    "compile-dynamic": {"dynamic": True},
+    "compile-blocks": {},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune": {"mode": "max-autotune"},
+}
 CUDA_OPTIONS = ("reduce-overhead", "max-autotune")
+# diffusers' `compile_repeated_blocks` leaves out the resnets, 43% of the UNet's arithmetic
+UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 DEFAULT_VARIANTS = ("bf16", "bf16+channels-last", "deep-cache-3", "guidance-half", "preset")
 MIDDLE_HALF = (0.25, 0.75)
 INT8_CONFIGS = {"int8": "Int8WeightOnlyConfig", "int8-dynamic": "Int8DynamicActivationInt8WeightConfig"}
 
 STAGES = ("text", "unet", "vae", "vocoder")
 PROMPT = "A dog barks while rain falls on a metal roof"
+OTHER_PROMPT = "Church bells ring far away, and closer by a car goes through a puddle"
 EMBEDS = ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask")
 MAX_DB = 200.0
 
@@ -101,7 +126,8 @@ def read_variant(name, device, preset=FAST):
         "dtypes": {"default": torch.float32},
         "channels_last": False,
         "fused_qkv": False,
-        "compile_mode": None,
+        "compile": None,
+        "conv2d_vocoder": False,
         "deep_cache": None,
         "guidance_interval": None,
         "int8": None,
@@ -109,15 +135,15 @@ def read_variant(name, device, preset=FAST):
         "steps": None,
     }
     for option in name.split("+"):
-        if option in ("compile", *CUDA_OPTIONS):
+        if option in COMPILE_OPTIONS:
             if option in CUDA_OPTIONS and device != "cuda":
                 raise ValueError(f"{name} needs CUDA")
-            variant["compile_mode"] = "default" if option == "compile" else option
-        elif option == "bf16":
+            variant["compile"] = option
+        elif option in ("bf16", "bf16-saved"):
             variant["dtypes"] = {"default": torch.bfloat16}
         elif option == "fp16":
             variant["dtypes"] = choose_dtypes("float16", device)
-        elif option in ("channels-last", "fused-qkv"):
+        elif option in ("channels-last", "fused-qkv", "conv2d-vocoder"):
             variant[option.replace("-", "_")] = True
         elif re.fullmatch(r"deep-cache-[1-9]\d?", option):
             variant["deep_cache"] = int(option.removeprefix("deep-cache-"))
@@ -151,6 +177,8 @@ def load(model, variant, device):
     if variant["channels_last"]:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    if variant["conv2d_vocoder"]:
+        use_conv2d(pipe.vocoder)
     if variant["fused_qkv"]:
         pipe.unet.fuse_qkv_projections()
     if variant["scheduler"]:
@@ -158,6 +186,39 @@ def load(model, variant, device):
     if variant["deep_cache"]:
         pipe.enable_deep_cache(interval=variant["deep_cache"])
     return pipe
+
+
+def use_conv2d(module):
+    """Let the 1-D convolutions in `module` run as 2-D ones on channels-last tensors: the same function of the same
+    weights, for which a CPU may have faster kernels."""
+
+    def convolve(layer, hidden_states, weight, bias):
+        image = hidden_states.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (batch, channels, 1, time)
+        padding, dilation = (0, *layer.padding), (1, *layer.dilation)
+        return F.conv2d(image, weight.unsqueeze(2), bias, padding=padding, dilation=dilation).squeeze(2)
+
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv1d):
+            if layer.stride != (1,) or layer.groups != 1 or layer.padding_mode != "zeros":
+                raise ValueError(f"`module` has a convolution of another kind: {layer}")
+            layer._conv_forward = functools.partial(convolve, layer)
+
+
+def compile_models(pipe, option):
+    """What an option of COMPILE_OPTIONS stands for. Nothing is compiled before it is called."""
+    modules = [pipe.unet, pipe.vae.decoder, pipe.vocoder]
+    if option == "compile-blocks":
+        # a graph for each pair of widths, 12 in the released UNet, and again for other lengths: torch's limit is 8
+        torch._dynamo.config.recompile_limit = 64
+        modules[:1] = [each for each in pipe.unet.modules() if type(each).__name__ in UNET_BLOCKS]
+    for module in modules:
+        module.compile(**COMPILE_OPTIONS[option])
+
+
+def count_graphs():
+    """How many graphs were compiled in this process, and how often one had to be broken off."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def matrix_rate(dtype, device):
@@ -210,7 +271,7 @@ def signal_to_difference_db(reference, other):
 
 
 @torch.no_grad()
-def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
+def measure(model, name, batch_size, settings, reference_path, prompts, sounds, rank=0, wait=lambda: None):
     """Load a variant, run it, and say how that went.
 
     Args:
@@ -221,10 +282,12 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
         reference_path (`Path`): what `plain` made, written if this is the first of it.
         prompts (`list[dict]`): what to write sounds for.
         sounds (`Path`): where.
+        rank (`int`, *optional*, defaults to 0): of processes that are measured together, only the first writes files.
+        wait (`Callable`, *optional*): returns when all of them have called it.
 
     Returns:
-        `dict`: seconds, FLOP and matrix rate by stage, `steps` of a clip, `load_in_s`, `cold_in_s`, `memory_in_bytes`
-        and the signal to difference in dB.
+        `dict`: seconds, FLOP and matrix rate by stage, `steps` of a clip, `load_in_s`, `cold_in_s`, `num_graphs`,
+        `num_more_graphs` and `num_graph_breaks` of compilation, `memory_in_bytes` and the signal to difference in dB.
     """
     device = settings["device"]
     variant = read_variant(name, device, fast_settings(model))
@@ -239,7 +302,7 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
     pipe.set_progress_bar_config(desc=name, unit="step", leave=False, disable=None)
     reference = load_file(reference_path) if reference_path.exists() else None
 
-    def run(given_latents=None, count=None):
+    def run(given_latents=None, count=None, prompt=PROMPT, **other_options):
         """All stages once: seconds by stage, latents and sound. What is decoded is `given_latents`, if given."""
         times = {}
         torch.manual_seed(0)  # for vocoders with noise of their own
@@ -254,9 +317,10 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
             times[name] = seconds(device) - start
             return result
 
-        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt([PROMPT] * batch_size))))
+        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt([prompt] * batch_size))))
         generator = [torch.Generator().manual_seed(row) for row in range(batch_size)]
-        denoise = dict(options, **embeds, num_inference_steps=steps_timed, generator=generator, output_type="latent")
+        denoise = options | other_options | embeds
+        denoise |= {"num_inference_steps": steps_timed, "generator": generator, "output_type": "latent"}
         latents = stage("unet", lambda: pipe(**denoise).audios)
         decoded = latents if given_latents is None else given_latents.expand_as(latents).to(device)
         decoded = (decoded / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
@@ -264,24 +328,30 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
         waveform = stage("vocoder", lambda: pipe.mel_spectrogram_to_waveform(mel_spectrogram))
         return times, latents.cpu(), waveform.cpu()
 
-    flop, cold_in_s = {}, None
+    flop, compilation = {}, {}
     _, latents, waveform = run(count=flop)  # the first run of anything is slow, and not measured
-    if variant["compile_mode"]:
-        for module in (pipe.unet, pipe.vae.decoder, pipe.vocoder):
-            module.compile(mode=variant["compile_mode"])
+    if variant["compile"]:
+        compile_models(pipe, variant["compile"])
         times, latents, waveform = run()
-        cold_in_s = sum(times.values())
+        compilation = {"cold_in_s": sum(times.values()), "num_graphs": count_graphs()[0]}
+    wait()
     times, _, decoded = run(None if reference is None else reference["latents"])
     memory_in_bytes = peak_memory(device)
+    if variant["compile"]:
+        run(prompt=OTHER_PROMPT, audio_length_in_s=0.75 * options["audio_length_in_s"])
+        num_graphs, num_breaks = count_graphs()
+        compilation["num_more_graphs"] = num_graphs - compilation["num_graphs"]
+        compilation["num_graph_breaks"] = num_breaks
 
     if reference is None:
         reference = {"latents": latents[:1].contiguous(), "waveform": waveform[:1].contiguous()}
-        write_atomically(reference_path, save(reference))
+        if rank == 0:
+            write_atomically(reference_path, save(reference))
         decoded = waveform
     is_comparable = variant["scheduler"] is None and variant["steps"] is None
 
     options["num_inference_steps"] = num_steps
-    for position, request in enumerate(prompts):
+    for position, request in enumerate(prompts if rank == 0 else ()):
         path = sounds / f"{request['name']}.wav"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,6 +360,7 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
 
     dtypes = {"text": pipe.text_encoder.dtype, "unet": pipe.unet.dtype}
     dtypes |= {"vae": pipe.vae.dtype, "vocoder": next(pipe.vocoder.parameters()).dtype}
+    wait()
     rates = {dtype: matrix_rate(dtype, device) for dtype in set(dtypes.values())}
     return {
         "variant": name,
@@ -301,16 +372,41 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds):
         "flop": flop,
         "flop_per_s": {stage: rates[dtype] for stage, dtype in dtypes.items()},
         "load_in_s": load_in_s,
-        "cold_in_s": cold_in_s,
         "memory_in_bytes": memory_in_bytes,
+        **compilation,
         "latents_db": signal_to_difference_db(reference["latents"][0], latents[0]) if is_comparable else None,
         "decoder_db": signal_to_difference_db(reference["waveform"][0], decoded[0]),
         "sound_db": signal_to_difference_db(reference["waveform"][0], waveform[0]) if is_comparable else None,
     }
 
 
+def measure_as_process(rank, port, settings, *args):
+    """[`measure`] in one of `settings["num_processes"]` processes, which form a group as under `accelerate launch`."""
+    num_processes, num_threads = settings["num_processes"], settings["num_threads"] // settings["num_processes"]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_processes)}
+    if settings["device"] == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    state = PartialState(cpu=True)  # what is exchanged is "ready", not tensors
+    try:
+        torch.set_num_threads(max(num_threads, 1))
+        return measure(*args, rank=rank, wait=state.wait_for_everyone)
+    finally:
+        state.destroy_process_group()
+
+
+def join_records(records):
+    """What processes that ran at the same time measured, as one record: the slowest one's times, all their memory."""
+    joined = dict(records[0], num_processes=len(records))
+    joined["time_in_s"] = {stage: max(each["time_in_s"][stage] for each in records) for stage in STAGES}
+    for name, function in (("load_in_s", max), ("cold_in_s", max), ("memory_in_bytes", sum)):
+        if records[0].get(name) is not None:
+            joined[name] = function(each[name] for each in records)
+    return joined
+
+
 def summarize(records):
-    """Rows of the table, one for each variant and batch size: medians over the rounds.
+    """Rows of the table, one for each variant, batch size and number of processes: medians over the rounds.
 
     Args:
         records (`list[dict]`): as [`measure`] returns them, with their `round`.
@@ -324,12 +420,15 @@ def summarize(records):
         steps = times["unet"] * record["steps"] / record["steps_timed"]
         return times["text"] + steps + times["vae"] + times["vocoder"]
 
-    plain = {(r["round"], r["batch_size"]): r for r in records if r["variant"] == "plain"}
+    def kind(record):
+        return record["batch_size"], record.get("num_processes", 1)
+
+    plain = {(r["round"], *kind(r)): r for r in records if r["variant"] == "plain"}
     groups = {}
     for record in records:
-        groups.setdefault((record["variant"], record["batch_size"]), []).append(record)
+        groups.setdefault((record["variant"], *kind(record)), []).append(record)
     rows = []
-    for (variant, batch_size), group in groups.items():
+    for (variant, batch_size, num_processes), group in groups.items():
         figures = []
         for record in group:
             times = record["time_in_s"]
@@ -343,29 +442,29 @@ def summarize(records):
                 "vocoder_in_s": times["vocoder"],
                 "clip_in_s": clip_in_s / batch_size,
                 "real_time_factor": clip_in_s / batch_size / record["seconds"],
-                "clips_per_minute": 60 * batch_size / clip_in_s,
+                "clips_per_minute": 60 * batch_size * num_processes / clip_in_s,
                 "floor_in_s": clip(record, floors) / batch_size,
                 "share_of_floor": clip(record, floors) / clip_in_s,
                 **{f"{stage}_share_of_floor": floors[stage] / times[stage] for stage in STAGES},
                 **{name: record.get(name) for name in ("load_in_s", "cold_in_s", "memory_in_bytes")},
+                **{name: record.get(name) for name in ("num_graphs", "num_more_graphs", "num_graph_breaks")},
                 **{name: record.get(name) for name in ("latents_db", "decoder_db", "sound_db")},
             }
-            if base := plain.get((record["round"], batch_size)):
+            if base := plain.get((record["round"], batch_size, num_processes)):
                 base_step_in_s = base["time_in_s"]["unet"] / base["steps_timed"]
                 figure["step_ratio"] = base_step_in_s / step_in_s
                 figure["clip_ratio"] = clip(base, base["time_in_s"]) / clip_in_s
             figures.append(figure)
-        row = {"variant": variant, "batch_size": batch_size, "num_rounds": len(group)}
+        row = {"variant": variant, "batch_size": batch_size, "num_processes": num_processes, "num_rounds": len(group)}
         row |= {"steps": group[0]["steps"], "is_extrapolated": group[0]["steps_timed"] < group[0]["steps"]}
         for name in dict.fromkeys(name for figure in figures for name in figure):
             values = [figure[name] for figure in figures if figure.get(name) is not None]
             row[name] = median(values) if values else None
         rows.append(row)
 
-    compiling = {"compile", *CUDA_OPTIONS}
     for row in rows:
-        eager_name = "+".join(each for each in row["variant"].split("+") if each not in compiling) or "plain"
-        eager = [r for r in rows if (r["variant"], r["batch_size"]) == (eager_name, row["batch_size"])]
+        eager_name = "+".join(each for each in row["variant"].split("+") if each not in COMPILE_OPTIONS) or "plain"
+        eager = [r for r in rows if r["variant"] == eager_name and kind(r) == kind(row)]
         row["break_even_in_clips"] = None
         if row["cold_in_s"] and eager and eager[0]["clip_in_s"] > row["clip_in_s"]:
             gain_in_s = eager[0]["clip_in_s"] - row["clip_in_s"]
@@ -379,22 +478,28 @@ def table(rows):
     def show(value, form="{:.3g}"):
         return "" if value is None else form.format(value)
 
-    titles = ("variant", "batch", "text", "UNet step", "VAE", "vocoder", "clip", "RTF", "clips/min", "GiB", "step x")
-    titles += ("clip x", "floor", "share", "latents dB", "decoder dB", "sound dB", "cold")
+    titles = ("variant", "batch", "text", "UNet step", "VAE", "vocoder", "clip", "RTF", "clips/min", "load", "GiB")
+    titles += ("step x", "clip x", "floor", "share", "latents dB", "decoder dB", "sound dB", "cold", "graphs")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in rows:
         cold = show(row["cold_in_s"], "{:.0f}")
         if row["break_even_in_clips"]:
             cold += f" ({row['break_even_in_clips']} clips)"
-        cells = [row["variant"], show(row["batch_size"], "{}")]
+        graphs = ""
+        if row["num_graphs"] is not None:
+            graphs = "{num_graphs:g} + {num_more_graphs:g} / {num_graph_breaks:g}".format(**row)
+        batch = str(row["batch_size"])
+        if row["num_processes"] > 1:
+            batch += f" in {row['num_processes']} processes each"
+        cells = [row["variant"], batch]
         cells += [show(row[f"{stage}_in_s"]) for stage in ("text", "step", "vae", "vocoder")]
         cells += [("~" if row["is_extrapolated"] else "") + show(row["clip_in_s"]), show(row["real_time_factor"])]
-        cells += [show(row["clips_per_minute"])]
+        cells += [show(row["clips_per_minute"]), show(row["load_in_s"])]
         cells += [show(row["memory_in_bytes"] and row["memory_in_bytes"] / 2**30, "{:.2f}")]
         cells += [show(row.get(name), "{:.2f}") for name in ("step_ratio", "clip_ratio")]
         cells += [show(row["floor_in_s"]), show(row["share_of_floor"], "{:.0%}")]
         cells += [show(row[name], "{:.1f}") for name in ("latents_db", "decoder_db", "sound_db")]
-        lines.append("| " + " | ".join([*cells, cold]) + " |")
+        lines.append("| " + " | ".join([*cells, cold, graphs]) + " |")
     return "\n".join(lines)
 
 
@@ -417,6 +522,9 @@ def parse_arguments(argv):
     what.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default: the model's own)")
     what.add_argument("--steps", type=int, metavar="N", help="of a clip (default: the model's own; `preset` has its)")
     what.add_argument("--batch_sizes", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
+    what.add_argument(
+        "--processes", type=int, nargs="+", default=[1], metavar="N", help="how many work side by side (default: 1)"
+    )
 
     how = parser.add_argument_group("how")
     how.add_argument("--output_dir", type=Path, default=Path("benchmark"), help="(default: benchmark)")
@@ -456,8 +564,9 @@ def parse_arguments(argv):
             parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
     if args.seconds is not None and not 0 < args.seconds < math.inf:
         parser.error(f"--seconds must be a positive number, got {args.seconds}")
-    if min(args.batch_sizes) < 1:
-        parser.error(f"--batch_sizes must be at least 1, got {min(args.batch_sizes)}")
+    for name in ("batch_sizes", "processes"):
+        if min(getattr(args, name)) < 1:
+            parser.error(f"--{name} must be at least 1, got {min(getattr(args, name))}")
 
     names, skipped = ["plain"], []
     for name in dict.fromkeys(args.variants):
@@ -504,24 +613,40 @@ def main(argv=None):
         if not (model / "model_index.json").exists():  # the last file to be written
             print(f"writing {model}", file=sys.stderr)
             random_pipeline(args.size).save_pretrained(model)
+    copy = args.output_dir / "bfloat16"
+    if any("bf16-saved" in name.split("+") for name in args.variants) and not (copy / "model_index.json").exists():
+        print(f"writing {copy}", file=sys.stderr)
+        pipe = TangoPipeline.from_pretrained(model, dtype=torch.bfloat16, local_files_only=Path(model).exists())
+        pipe.save_pretrained(copy)
+        del pipe
 
-    done = {(record["variant"], record["batch_size"], record["round"]) for record in records}
+    done = {(r["variant"], r["batch_size"], r.get("num_processes", 1), r["round"]) for r in records}
     jobs = [
-        (name, batch_size, number)
+        (name, batch_size, num_processes, number)
         for number in range(args.rounds)
+        for num_processes in args.processes
         for batch_size in args.batch_sizes
         for name in args.variants
     ]
     has_failed = False
     bar = tqdm([job for job in jobs if job not in done], unit="run", disable=None)
-    for name, batch_size, number in bar:
+    for name, batch_size, num_processes, number in bar:
         bar.set_description(f"{name}, batch {batch_size}, round {number + 1}")
-        sounds = args.output_dir / "sounds" / name
+        folder = copy if "bf16-saved" in name.split("+") else model
         reference = args.output_dir / "plain.safetensors"
+        arguments = str(folder), name, batch_size, settings, reference, args.prompts, args.output_dir / "sounds" / name
         try:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-                job = executor.submit(measure, str(model), name, batch_size, settings, reference, args.prompts, sounds)
-                record = job.result()
+            with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
+                if num_processes == 1:
+                    record = executor.submit(measure, *arguments).result()
+                else:
+                    with socket.socket() as probe:
+                        probe.bind(("127.0.0.1", 0))
+                        port = probe.getsockname()[1]
+                    shared = settings | {"num_processes": num_processes}
+                    ranks = range(num_processes)  # one in each process: they wait for each other
+                    parts = [executor.submit(measure_as_process, rank, port, shared, *arguments) for rank in ranks]
+                    record = join_records([part.result() for part in parts])
         except Exception as error:  # out of memory, say: the others may do
             has_failed = True
             print(f"{name}, batch {batch_size}: {type(error).__name__}: {error!s:.300}", file=sys.stderr)

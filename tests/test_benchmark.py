@@ -4,10 +4,24 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import build_components
+from safetensors.torch import load_file
 from scipy.io import wavfile
 
 from examples import benchmark
-from examples.benchmark import flop_counter, main, measure, read_variant, signal_to_difference_db, summarize, table
+from examples.benchmark import (
+    UNET_BLOCKS,
+    compile_models,
+    flop_counter,
+    join_records,
+    main,
+    measure,
+    read_variant,
+    signal_to_difference_db,
+    summarize,
+    table,
+    use_conv2d,
+)
 from pipeline_tango.__main__ import FAST, fast_settings
 
 
@@ -77,6 +91,8 @@ def test_options_are_joined_by_plus():
     assert variant["channels_last"] and variant["deep_cache"] == 12 and variant["guidance_interval"] == (0.25, 0.75)
     assert variant["scheduler"] is None and variant["steps"] is None
     assert read_variant("plain", "cpu")["dtypes"] == {"default": torch.float32}
+    assert read_variant("bf16-saved", "cpu") == read_variant("bf16", "cpu")
+    assert read_variant("bf16+compile-dynamic", "cpu")["compile"] == "compile-dynamic"
 
 
 def test_the_preset_is_that_of_the_command(tiny_folder):
@@ -115,6 +131,22 @@ def test_batches_are_compared_with_plain_batches():
     assert rows[1]["clips_per_minute"] == pytest.approx(4 * 60 / 2003)
 
 
+def test_processes_work_side_by_side():
+    rows = summarize([record("plain"), record("plain", num_processes=2, step_in_s=20.0)])
+    assert [row["num_processes"] for row in rows] == [1, 2]
+    assert rows[1]["clips_per_minute"] == pytest.approx(2 * 60 / 2003) and rows[1]["clip_ratio"] == 1.0
+    assert "| 1 in 2 processes each |" in table(rows)
+
+
+def test_the_slowest_process_counts_and_the_memory_of_all():
+    quick, slow = record("bf16"), record("bf16", step_in_s=20.0, load_in_s=3.0, memory_in_bytes=2**31)
+    slow["time_in_s"]["vae"] = 0.5
+    joined = join_records([quick, slow])
+    assert joined["time_in_s"] == {"text": 1.0, "unet": 100.0, "vae": 1.0, "vocoder": 1.0}
+    assert joined["load_in_s"] == 3.0 and joined["memory_in_bytes"] == 3 * 2**30 and joined["cold_in_s"] is None
+    assert joined["num_processes"] == 2 and quick["time_in_s"]["unet"] == 50.0
+
+
 def test_compilation_pays_after_some_clips():
     rows = summarize([record("plain"), record("bf16"), record("bf16+compile", step_in_s=9.0, cold_in_s=250.0)])
     assert [row["break_even_in_clips"] for row in rows] == [None, None, 3]  # 100 s a clip
@@ -123,10 +155,13 @@ def test_compilation_pays_after_some_clips():
 
 
 def test_the_table_has_a_cell_for_each_title():
-    rows = summarize([record("plain"), record("preset", latents_db=None, sound_db=None, memory_in_bytes=None)])
+    graphs = {"cold_in_s": 9.0, "num_graphs": 3, "num_more_graphs": 2, "num_graph_breaks": 0}
+    nothing = {"latents_db": None, "sound_db": None, "memory_in_bytes": None}
+    rows = summarize([record("plain"), record("preset", **nothing), record("compile", **graphs)])
     lines = table(rows).splitlines()
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
     assert "~1e+03" in lines[2] and "100%" not in lines[2]
+    assert lines[4].endswith("| 9 | 3 + 2 / 0 |")
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
@@ -164,6 +199,33 @@ def test_what_a_variant_does_to_the_sound_is_told(measured):
     assert preset["steps"] == FAST["steps"] and preset["latents_db"] is None and preset["sound_db"] is None
 
 
+def test_conv2d_is_the_same_function(components):
+    vocoder, mel_spectrogram = components["vocoder"], torch.randn(2, 20, 64)
+    with torch.no_grad():
+        expected = vocoder(mel_spectrogram)
+        use_conv2d(vocoder)
+        assert torch.allclose(vocoder(mel_spectrogram), expected, atol=1e-5)
+    assert set(vocoder.state_dict()) == set(build_components()["vocoder"].state_dict())
+    with pytest.raises(ValueError, match="`module`"):
+        use_conv2d(torch.nn.Conv1d(2, 2, 3, stride=2))
+
+
+@pytest.mark.parametrize("option", ["compile", "compile-dynamic", "compile-blocks"])
+def test_what_is_compiled(pipe, option, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    with torch._dynamo.config.patch(recompile_limit=8):  # to be what it was afterwards
+        compile_models(pipe, option)
+        assert torch._dynamo.config.recompile_limit == (64 if option == "compile-blocks" else 8)
+    assert compiled[-2:] == [(each, compiled[0][1]) for each in (pipe.vae.decoder, pipe.vocoder)]
+    assert all(options == ({"dynamic": True} if option == "compile-dynamic" else {}) for _, options in compiled)
+    if option == "compile-blocks":
+        kinds = [type(module).__name__ for module, _ in compiled[:-2]]
+        assert set(kinds) == set(UNET_BLOCKS) and kinds.count("ResnetBlock2D") == 11
+    else:
+        assert compiled[0][0] is pipe.unet
+
+
 def test_each_row_of_a_batch_is_the_sound_of_its_own_seed(measured):
     measured("plain")
     assert measured("plain", batch_size=2)["sound_db"] > 80
@@ -198,6 +260,27 @@ def test_a_run_is_resumed_and_never_mixed(tiny_folder, tmp_path, capsys, monkeyp
     assert "has measurements with steps 2, not 3" in capsys.readouterr().err
 
 
+def test_processes_are_measured_together(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    asked = ["--model", str(tiny_folder), "--device", "cpu", "--seconds", "0.1", "--steps", "2", "--steps_timed", "0"]
+    assert main([*asked, "--output_dir", str(tmp_path), "--variants", "plain", "--processes", "2"]) == 0
+    assert "| plain | 1 in 2 processes each |" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["num_processes"] == 2 and row["sound_db"] == 200
+
+
+def test_a_copy_saved_in_bfloat16_is_the_same_sound(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", in_this_process)
+    asked = ["--model", str(tiny_folder), "--device", "cpu", "--seconds", "0.1", "--steps", "2", "--steps_timed", "0"]
+    assert main([*asked, "--output_dir", str(tmp_path), "--variants", "bf16", "bf16-saved"]) == 0
+    _, loaded, saved = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [loaded[f"{name}_db"] for name in ("latents", "decoder", "sound")] == [
+        saved[f"{name}_db"] for name in ("latents", "decoder", "sound")
+    ]
+    weights = load_file(tmp_path / "bfloat16" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert weights["conv_in.weight"].dtype == torch.bfloat16
+
+
 def test_a_variant_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", in_this_process)
     model = tmp_path / "missing"
@@ -215,6 +298,7 @@ def test_a_variant_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
         (["--model", "x", "--size", "tiny"], "either --model or --size"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--batch_sizes", "1", "0"], "--batch_sizes must be at least 1"),
+        (["--processes", "0"], "--processes must be at least 1"),
         (["--seconds", "nan"], "--seconds must be a positive number"),
         (["--save_sounds", "missing.txt"], "--save_sounds: cannot read the list missing.txt"),
         (["--device", "tpu"], "invalid choice"),

@@ -357,6 +357,24 @@ def test_a_compiled_unet_has_two_graphs_and_no_break(components, order):
     assert backend.frame_count == 2
 
 
+def test_compiled_models_serve_all_steps_prompts_and_lengths(components):
+    components["unet"] = small_unet(("CrossAttnDownBlock2D",), layers_per_block=1)
+    pipe = TangoPipeline(**components)
+    torch._dynamo.reset()
+    backends = [torch._dynamo.testing.CompileCounter() for _ in range(3)]
+    for module, backend in zip((pipe.unet, pipe.vae.decoder, pipe.vocoder), backends):
+        module.compile(backend=backend, fullgraph=True)  # with an error for a graph break
+
+    def num_graphs(prompt, audio_length_in_s):
+        pipe(prompt, num_inference_steps=3, guidance_scale=3.0, audio_length_in_s=audio_length_in_s)
+        return [backend.frame_count for backend in backends]
+
+    # from 1.3 s on: below that torch has another kernel for the vocoder's convolutions, and another graph
+    assert num_graphs("rain", 1.3) == [1, 1, 1]
+    assert num_graphs("dog and rain and dog", 1.7) == [2, 2, 2]  # what differs becomes dynamic
+    assert num_graphs("a dog", 2.3) == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     "blocks",
     [
@@ -406,6 +424,19 @@ def test_the_full_sized_unet_does_little_in_between(components):
     assert flops[0] == pytest.approx(1.6e12, rel=1e-3)
     for interval, ratio in ((2, 1.85), (3, 2.59), (5, 3.79)):
         assert interval * flops[0] / (flops[0] + (interval - 1) * flops[1]) > ratio
+
+
+def test_the_text_of_a_full_sized_unet_is_projected_for_little():
+    # the reason why keys and values of cross-attention are not kept between steps
+    config = json.loads((Path(__file__).parents[1] / "examples" / "tango_unet.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        text = torch.empty(2, 32, 1024)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for name, module in unet.named_modules():
+                if name.endswith(("attn2.to_k", "attn2.to_v")):
+                    module(text)
+    assert 0.001 < counter.get_total_flops() / 1.6e12 < 0.0025
 
 
 # No work twice, no waiting
