@@ -80,7 +80,8 @@ MEL_SAMPLING_RATE = 16000
 MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
-MEL_MATCH_FRAMES = 9  # over which `match_mel_spectrogram` averages
+MEL_MATCH_FRAMES = 31  # over which `match_mel_spectrogram` averages
+MEL_MATCH_TOLERANCE = 0.3  # nepers by which a frame may differ beyond that
 MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
 MIN_MEL_MAGNITUDE = 1e-5
 
@@ -156,8 +157,9 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
 
     What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
     it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
-    leaves the phases as they are; they are what keeps one iteration from being enough. Differences are averaged over
-    nine frames, so that the roughness of noise stays, of which a spectrogram from an autoencoder has too little.
+    leaves the phases as they are; they are what keeps one iteration from being enough. What is missing is the mean
+    difference of 31 frames, and of each frame what exceeds 0.3 nepers beyond it: noise is rough by itself, and should
+    not be made as smooth as a spectrogram from an autoencoder.
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
@@ -176,7 +178,8 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
         num_frames = min(mel_spectrogram.shape[1], spectrum.shape[2])
         difference = mel_spectrogram[:, :num_frames] - _log_mel(spectrum[..., :num_frames])
         difference = difference.clamp(*MEL_MATCH_RANGE).transpose(1, 2)  # (batch, num_mel_bins, num_frames)
-        difference = F.avg_pool1d(difference, MEL_MATCH_FRAMES, 1, MEL_MATCH_FRAMES // 2, count_include_pad=False)
+        mean = F.avg_pool1d(difference, MEL_MATCH_FRAMES, 1, MEL_MATCH_FRAMES // 2, count_include_pad=False)
+        difference = mean + F.softshrink(difference - mean, MEL_MATCH_TOLERANCE)
         difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
         waveform = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
     return waveform

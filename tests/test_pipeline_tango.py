@@ -31,7 +31,7 @@ from scipy.io import wavfile
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import match_mel_spectrogram
+from pipeline_tango.pipeline_tango import MEL_MATCH_TOLERANCE, match_mel_spectrogram
 
 
 SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
@@ -287,10 +287,11 @@ def test_a_waveform_is_matched_to_a_mel_spectrogram():
         difference = (log_mel_spectrogram(waveform) - mel)[mel > -7]  # -60 dB
         return difference.abs().mean(), difference.mean()
 
-    errors = [error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 2, 6)]
+    first, once, twice = (error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 2))
     assert torch.equal(match_mel_spectrogram(noise, mel, 0), noise)
-    assert all(after[0] < 0.8 * before[0] for before, after in zip(errors, errors[1:3]))
-    assert errors[3][0] < 0.25 * errors[0][0] and abs(errors[3][1]) < 0.15
+    assert first[0] > 0.8 and once[0] < 0.5 * first[0] and twice[0] < once[0]
+    assert abs(twice[1]) < 0.15 < abs(first[1])
+    assert twice[0] > MEL_MATCH_TOLERANCE / 3  # the noise's own roughness is left
     assert (log_mel_spectrogram(match_mel_spectrogram(recording, mel)) - mel).abs().max() < 0.01  # nothing to do
 
 

@@ -137,6 +137,10 @@ def test_a_frozen_encoder_makes_the_same_latents(arguments, tiny_folder, tmp_pat
     before, after = weights(tiny_folder / "vae"), weights(tmp_path / "model")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
+    scales = [
+        AutoencoderKL.from_pretrained(each).config.scaling_factor for each in (tiny_folder / "vae", tmp_path / "model")
+    ]
+    assert scales[0] == scales[1]
 
 
 def test_the_default_vae_is_one_that_the_converter_writes(arguments, tmp_path):
@@ -281,6 +285,7 @@ def test_bad_input_is_one_clear_line(flags, message, arguments, capsys, tmp_path
         (("--num_crop_frames=0",), "--num_crop_frames has to be at least 1, not 0"),
         (("--pretrained_model_name_or_path=vae",), "not both"),
         (("--audio_length_in_s=0.01",), "too short for a spectrogram"),
+        (("--freeze_encoder",), "needs --pretrained_model_name_or_path"),
     ],
 )
 def test_bad_flags_are_refused_at_once(flags, message, arguments, capsys, tmp_path):

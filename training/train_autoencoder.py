@@ -163,6 +163,8 @@ def parse_args(argv=None):
         "num_scale_clips",
         "max_train_samples",
     )
+    if args.freeze_encoder and not args.pretrained_model_name_or_path:
+        parser.error("--freeze_encoder needs --pretrained_model_name_or_path: random latents hold little")
     for name in ("seed", "reconstruction_weight", "kl_weight", "adversarial_weight", "adversarial_start_step"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
@@ -314,13 +316,15 @@ def shared_indices(accelerator, dataset, what):
 
 
 def save_result(args, accelerator, vae, dataset, name, summary):
-    """The weights as they are now under `output_dir/name`: a diffusers folder with its measured `scaling_factor`."""
+    """The weights as they are now under `output_dir/name`: a diffusers folder with its measured `scaling_factor`, or
+    that of the frozen encoder."""
     mean, std = measure_latents(accelerator, vae, dataset)
-    vae.register_to_config(scaling_factor=1 / std)
+    if not args.freeze_encoder:  # or latents that were scaled before would no longer fit
+        vae.register_to_config(scaling_factor=1 / std)
     summary = summary | {
         "mean of the latents": f"{mean:.4f}",
         "standard deviation of the latents": f"{std:.4f}",
-        "`scaling_factor`": f"{1 / std:.6f}",
+        "`scaling_factor`": f"{vae.config.scaling_factor:.6f}",
     }
     if not accelerator.is_main_process:
         return
