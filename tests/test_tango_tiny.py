@@ -71,7 +71,8 @@ def test_sounds_are_nearest_to_recordings_of_what_was_asked_for(pipe, scheduler)
         )
         other.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
         other.set_progress_bar_config(disable=True)
-    assert share_nearest_to_own_recording(other, num_inference_steps=20) >= 0.5  # chance: 0.2
+    # chance is 0.2; training recordings of these kinds reach 0.45
+    assert share_nearest_to_own_recording(other, num_inference_steps=20) >= 0.4
 
 
 def test_rain_is_louder_in_the_high_bands_than_thunder(pipe):
