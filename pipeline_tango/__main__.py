@@ -20,7 +20,7 @@ from . import TANGO_TINY, __version__
 
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
 # What --fast sets; each is also a flag, which counts more. The cache is for models of the released width only.
-FAST = {"scheduler": "dpm++", "steps": 20, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
+FAST = {"scheduler": "dpm++", "steps": 10, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
 LARGE_WIDTH = 1280  # channels of a UNet's widest level
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest, where used
