@@ -23,9 +23,9 @@ import soundfile
 import torch
 from transformers.audio_utils import hertz_to_mel
 
-from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline
-from pipeline_tango.__main__ import encode_wav
-from pipeline_tango.pipeline_tango import log_mel_spectrogram, split_band
+from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline, log_mel_spectrogram
+from pipeline_tango.__main__ import encode_wav, write_atomically
+from pipeline_tango.pipeline_tango import split_band
 
 
 SOUNDS = Path(__file__).parent / "sounds"
@@ -60,7 +60,7 @@ def read_manifest(path):
 
 
 def write(folder, name, audio, title):
-    (folder / f"{name}.wav").write_bytes(encode_wav(audio, RATE))
+    write_atomically(folder / f"{name}.wav", encode_wav(audio, RATE))
     print(f"{folder / name}.wav  {len(audio) / RATE:g} s  {title}", flush=True)
 
 
@@ -98,7 +98,7 @@ def draw(path, sounds):
     axes.set_xlabel("Time (s)")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=72, pil_kwargs={"optimize": True})
-    path.write_bytes(content.getvalue())
+    write_atomically(path, content.getvalue())
     print(path, flush=True)
 
 
@@ -240,6 +240,8 @@ def measure_seams(results, recordings):
 
 def seams(make, args):
     recordings = [each for each in read_manifest(args.data) if len(each[2]) >= SEAM_END_IN_S * RATE]
+    if not recordings:
+        raise ValueError(f"`--data` has to list a recording of at least {SEAM_END_IN_S:g} s.")
     names, captions, sounds = zip(*recordings)
     results = make(
         list(captions),
@@ -298,6 +300,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.examples) - set(EXAMPLES):
         parser.error(f"no example {sorted(unknown)}, there are {', '.join(EXAMPLES)}")
+    if not args.data.is_file():
+        parser.error(f"--data {args.data} is no file")
     args.pictures = args.pictures or args.output_dir
 
     pipe = TangoPipeline.from_pretrained(args.model, dtype=torch.float32)

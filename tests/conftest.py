@@ -17,7 +17,8 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5Enc
 from pipeline_tango import TangoPipeline  # noqa: E402
 
 
-torch.set_num_threads(1)  # models this small only lose by sharing work between threads
+# models this small only lose by sharing work between threads; and bytes can depend on the number of threads
+torch.set_num_threads(1)
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
 

@@ -28,14 +28,6 @@ from pipeline_tango.__main__ import FAST, fast_settings
 SETTINGS = {"device": "cpu", "seconds": 0.1, "steps": 4, "steps_timed": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def measured(tiny_folder, tmp_path, monkeypatch):
     """Measures variants of the tiny checkpoint in this process."""

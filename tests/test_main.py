@@ -42,15 +42,6 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models lose more to waiting threads than they win; and bytes can depend on the number of threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def tango(tiny_folder, tmp_path, monkeypatch):
     """Runs the command on the tiny checkpoint in a folder of its own; the last `--steps` and `--seconds` count."""

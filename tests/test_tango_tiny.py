@@ -64,11 +64,7 @@ def test_the_same_seed_is_the_same_sound_in_any_batch(pipe):
 def test_sounds_are_nearest_to_recordings_of_what_was_asked_for(pipe, scheduler):
     other = pipe
     if scheduler != "its own":
-        other = TangoPipeline(
-            **pipe.components,
-            num_noise_channels=pipe.config.num_noise_channels,
-            num_mel_corrections=pipe.config.num_mel_corrections,
-        )
+        other = TangoPipeline.from_pipe(pipe)
         other.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
         other.set_progress_bar_config(disable=True)
     # chance is 0.2; training recordings of these kinds reach 0.45

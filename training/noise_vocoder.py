@@ -123,7 +123,7 @@ def initialise(vocoder, num_noise_channels):
 
     # 4. Grains, whose levels are those of the spectrogram, in the median over loud and soft ones
     up = vocoder.upsampler[1]
-    grains = band_grains(up.kernel_size[0] * sizes[1])
+    grains = band_grains(centres, up.kernel_size[0] * sizes[1])
     level = torch.linspace(-5, 0, 8)[:, None, None].expand(-1, 200, NUM_MEL_BINS)
     inputs = torch.cat([level, torch.randn(*level.shape[:2], num_noise_channels)], dim=2)
     for _ in range(4):
@@ -194,9 +194,8 @@ def band_noise(centre, bandwidth, num_noise_channels, time):
     return noise
 
 
-def band_grains(length):
-    """A grain of `length` samples in the middle of each band: (bands, length)."""
+def band_grains(centres, length):
+    """A grain of `length` samples at each of the frequencies `centres` in Hz: (bands, length)."""
     time = (torch.arange(length) - length / 2) / MEL_SAMPLING_RATE
-    centres, _ = mel_bands()
     grains = torch.cos(2 * math.pi * torch.tensor(centres)[:, None] * time) * torch.hann_window(length)
     return SIGNAL_SCALE * grains / grains.norm(dim=1, keepdim=True)

@@ -6,6 +6,7 @@ batch is the same however it is spread over processes and accumulation steps.
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -618,12 +619,7 @@ def make_sounds(args, accelerator, pipe, step):
     """Validation prompts as WAV and PNG in `samples/step-<step>`."""
     folder = Path(args.output_dir) / "samples" / f"step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = TangoPipeline(
-        **pipe.components,
-        default_audio_length_in_s=pipe.config.default_audio_length_in_s,
-        num_noise_channels=pipe.config.num_noise_channels,
-        num_mel_corrections=pipe.config.num_mel_corrections,
-    )
+    pipe = copy.copy(pipe)  # `from_pipe` would cast the models that are being trained
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(desc="validation sounds", leave=False)
     sampling_rate = pipe.vocoder.config.sampling_rate
