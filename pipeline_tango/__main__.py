@@ -123,7 +123,7 @@ def read_prompts(path):
 
 
 def read_audio(path):
-    """Samples of shape `(channels, num_samples)` in [-1, 1], and their rate: WAV by scipy, the rest by soundfile."""
+    """Float32 samples `(channels, num_samples)` in [-1, 1], and their rate: WAV by scipy, the rest by soundfile."""
     import numpy as np
     from scipy.io import wavfile
 
@@ -135,14 +135,13 @@ def read_audio(path):
                 warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no sound
                 sampling_rate, samples = wavfile.read(path)
             if samples.dtype.kind == "u":  # 8 bits are stored from 0 to 255
-                samples = samples.astype(np.float64) - 2 ** (samples.dtype.itemsize * 8 - 1)
-                samples /= 128
+                samples = samples.astype(np.float32) / 128 - 1
             elif samples.dtype.kind == "i":
-                samples = samples / -float(np.iinfo(samples.dtype).min)
+                samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
         elif find_spec("soundfile"):
             import soundfile
 
-            samples, sampling_rate = soundfile.read(path)
+            samples, sampling_rate = soundfile.read(path, dtype="float32")
         else:
             raise CommandError(f'{path} is no WAV file; others need soundfile: pip install "pipeline-tango[demo]"')
     except CommandError:

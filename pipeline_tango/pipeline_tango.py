@@ -350,7 +350,7 @@ def texts_at(seconds, keyframes, num_copies):
 class PlacedAudio(NamedTuple):
     """Given sounds on the time line of the result, one row each."""
 
-    waveform: np.ndarray  # (batch, num_samples), at the pipeline's rate
+    waveform: np.ndarray  # (batch, num_samples), float32, at the pipeline's rate
     is_made: np.ndarray | None  # (batch, num_samples), True where there is sound to make. None: everywhere
     mean: np.ndarray  # (batch, 1)
     gain: np.ndarray  # (batch, 1), from the sound's own level to the one that the VAE was trained on
@@ -381,14 +381,14 @@ def place_audio(clips, masks, clip_sampling_rate, sampling_rate, num_samples, st
 
     if inpaints and not is_made.any():
         raise ValueError("`mask` leaves nothing to make.")
-    mean, gain = np.zeros((len(clips), 1)), np.zeros((len(clips), 1))
+    mean, gain = np.zeros((2, len(clips), 1), dtype=np.float32)
     for row in range(len(clips)):
         # the level of what stays, not of what goes
         heard = waveform[row, ~is_made[row]] if inpaints and strength == 1 else waveform[row]
         if not len(heard):
             raise ValueError("`mask` leaves nothing of `audio` to keep: leave out both, and give `audio_length_in_s`.")
         mean[row] = heard.mean(dtype=np.float64)
-        peak = np.abs(heard - mean[row]).max()
+        peak = max(heard.max() - mean[row, 0], mean[row, 0] - heard.min())
         if peak < SILENT_PEAK:
             raise ValueError("`audio` is silent in the part that is kept.")
         gain[row] = TRAINING_PEAK / peak
@@ -413,6 +413,8 @@ def fill_by_mirror(waveform, is_made):
 
     num_samples = len(waveform)
     regions = find_regions(is_made)
+    if not regions:
+        return waveform
     from_left = mirror_from_the_left(waveform, regions)
     backwards = [(num_samples - end, num_samples - start) for start, end in reversed(regions)]
     from_right = mirror_from_the_left(waveform[::-1], backwards)[::-1]
@@ -452,6 +454,26 @@ def match_spectrum(made, kept, frequencies, max_db=MAX_MATCH_DB):
     return np.interp(frequencies, centres, match.clip(-max_db, max_db))
 
 
+def scale_spectrum(waveform, window_length, decibels, num_samples=2**19):
+    """Change the short-time spectrum of a sound, a bounded stretch of it at a time.
+
+    Args:
+        waveform (`np.ndarray` of shape `(num_samples,)`)
+        window_length (`int`): even, and no more than there are samples.
+        decibels (`Callable`): gives an array `(window_length // 2 + 1, num_frames)` for the middles of the frames, an
+            array `(num_frames,)` of positions in samples.
+        num_samples (`int`, *optional*, defaults to 2**19): a multiple of half the window.
+    """
+    options = {"nperseg": window_length, "noverlap": window_length // 2}
+    scaled = np.empty_like(waveform)
+    for start in range(0, len(waveform), num_samples):
+        first, end = max(start - window_length, 0), min(start + num_samples, len(waveform))
+        _, times, spectrum = scipy.signal.stft(waveform[first : end + window_length], **options)
+        spectrum *= 10 ** (decibels(first + times) / 20)
+        scaled[start:end] = scipy.signal.istft(spectrum, **options)[1][start - first : end - first]
+    return scaled
+
+
 def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
     """`audio` with `made` in its place where `is_made`.
 
@@ -486,24 +508,29 @@ def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
         return position + np.arange(length) if side > 0 else position - 1 - np.arange(length)
 
     if not is_matched:
-        frequencies, times, spectrum = scipy.signal.stft(made, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))
-        matches = []
-        for position, side, num_kept, _ in seams:
+        window_length = min(MEL_FFT_LENGTH, len(made) // 2 * 2)
+        frequencies = np.fft.rfftfreq(window_length, 1 / sampling_rate)
+        matches, steps = [], []
+        for position, side, num_kept, num_made in seams:
             context = beside(position, side, min(num_kept, context_length))
             matches.append(match_spectrum(made[context], audio[context], frequencies))
-        positions = [position / sampling_rate for position, *_ in seams]
-        matches_db = np.stack([np.interp(times, positions, each) for each in np.stack(matches, axis=1)])
-        for (position, side, num_kept, num_made), match in zip(seams, matches):
             length = min(num_kept, num_made, side_length)
             if length < MEL_FFT_LENGTH:
                 continue  # too little to tell a step from chance
             inside, outside = beside(position, -side, length), beside(position, side, length)
-            step = match_spectrum(made[inside], audio[outside], frequencies, MAX_STEP_DB) - match
-            depth = side * (position - times * sampling_rate)  # into the made sound
-            share = np.clip(1 - depth / min(num_made / 2, reach), 0, 1) * (depth > -num_kept / 2)
-            matches_db += step[:, None] * share
-        spectrum = spectrum * 10 ** (matches_db / 20)  # (frequencies, times)
-        made = scipy.signal.istft(spectrum, sampling_rate, nperseg=min(MEL_FFT_LENGTH, len(made)))[1][: len(made)]
+            step = match_spectrum(made[inside], audio[outside], frequencies, MAX_STEP_DB) - matches[-1]
+            steps.append((position, side, num_kept, min(num_made / 2, reach), step))
+
+        def match_at(positions):
+            seam_positions = [position for position, *_ in seams]
+            match = np.stack([np.interp(positions, seam_positions, each) for each in np.stack(matches, axis=1)])
+            for position, side, num_kept, width, step in steps:
+                depth = side * (position - positions)  # into the made sound
+                share = np.clip(1 - depth / width, 0, 1) * (depth > -num_kept / 2)
+                match += step[:, None] * share
+            return match
+
+        made = scale_spectrum(made, window_length, match_at)
 
     joined = np.where(is_made, made, audio)
     for position, side, num_kept, _ in seams:
@@ -1101,12 +1128,15 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         `(batch * num_copies, channels, num_latent_frames, latent mel bins)`."""
         num_mel_frames = num_latent_frames * self.vae_scale_factor
         is_unknown = np.zeros_like(placed.waveform, dtype=bool) if placed.is_made is None else placed.is_made
-        missing = num_mel_frames * self.hop_length - placed.waveform.shape[1]
+        num_given = placed.waveform.shape[1]
+        missing = num_mel_frames * self.hop_length - num_given
         mels = []
-        for waveform, gaps, mean, gain in zip(placed.waveform, is_unknown, placed.mean, placed.gain):
-            waveform = np.pad((waveform - mean) * gain, (0, missing))
+        for given, gaps, mean, gain in zip(placed.waveform, is_unknown, placed.mean, placed.gain):
+            waveform = np.zeros(num_given + missing, dtype=np.float32)
+            np.subtract(given, mean, out=waveform[:num_given])
+            waveform *= gain
             gaps = np.pad(gaps, (0, missing), constant_values=True)
-            mels.append(self._mel_in_chunks(fill_by_mirror(waveform, gaps).astype(np.float32), device))
+            mels.append(self._mel_in_chunks(fill_by_mirror(waveform, gaps), device))
         mel_spectrogram = torch.stack(mels)[:, None].repeat_interleave(num_copies, dim=0)  # (batch, 1, frames, bins)
 
         def encode(windows, starts):
@@ -1159,7 +1189,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         to keep of that, joined with it."""
         sampling_rate = self.vocoder.config.sampling_rate
         joined = []
-        for i, waveform in enumerate(made.double().cpu().numpy()):
+        for i, waveform in enumerate(made.float().cpu().numpy()):
             row = i // num_copies
             audio = placed.waveform[row]
             waveform = waveform / placed.gain[row] + placed.mean[row]

@@ -24,6 +24,7 @@ from pipeline_tango.pipeline_tango import (
     join_at_seams,
     read_clips,
     read_masks,
+    scale_spectrum,
     split_band,
     texts_at,
     window_starts,
@@ -292,6 +293,20 @@ def test_seams_hold_the_level_whatever_the_vocoder_makes_of_it():
     same = join_at_seams(0.8 * audio, audio, is_made, RATE)  # in phase: the fade must not add 3 dB
     assert level_db((same - audio)[9680:20320]) < level_db(audio) - 20  # what two stretches of noise differ by
     assert np.array_equal(same[:9680], audio[:9680]) and np.array_equal(same[20320:], audio[20320:])
+
+
+@pytest.mark.parametrize("length", [1000, 1024, 9999, 24000])
+def test_a_spectrum_is_scaled_alike_in_stretches_and_at_once(length):
+    wave, window_length = noise(length), min(1024, length)
+
+    def decibels(positions):  # a tremolo of its own at each frequency
+        return 6 * np.sin(positions / 3000 + np.arange(window_length // 2 + 1)[:, None])
+
+    whole = scale_spectrum(wave, window_length, decibels)
+    assert np.abs(scale_spectrum(wave, window_length, decibels, num_samples=4096) - whole).max() < 1e-12
+    assert 0.5 < (whole / wave).std()  # it did something
+    louder = scale_spectrum(wave, window_length, lambda positions: np.full((window_length // 2 + 1, 1), 6.0))
+    np.testing.assert_allclose(louder, 10**0.3 * wave, atol=1e-12)
 
 
 def test_what_is_made_takes_the_colour_beside_the_seam_and_returns_to_its_own():
