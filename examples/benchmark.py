@@ -154,7 +154,7 @@ def read_variant(name, device, preset=FAST):
                 raise ValueError(f"{name} needs torchao: pip install torchao")
             variant["int8"] = option
         elif option == "preset":
-            variant |= preset | {"dtypes": choose_dtypes("auto", device)}
+            variant |= preset | {"dtypes": choose_dtypes("auto", device, fast=True)}
         elif option != "plain":
             raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
     return variant

@@ -150,7 +150,7 @@ def read_audio(path):
         raise CommandError(f"cannot read the sound {path}: {error!s:.200}") from error
     if not samples.size:
         raise CommandError(f"the sound {path} is empty")
-    return samples.reshape(len(samples), -1).T.astype(np.float64), int(sampling_rate)
+    return samples.reshape(len(samples), -1).T.astype(np.float32, copy=False), int(sampling_rate)
 
 
 def read_regions(text, name, unit):
@@ -279,7 +279,8 @@ def parse_arguments(argv):
         "--fast",
         action="store_true",
         help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance_interval {interval} and, for models "
-        f"of the released size, --deep_cache {FAST['deep_cache']}. Each can be given otherwise",
+        f"of the released size, --deep_cache {FAST['deep_cache']}. Each can be given otherwise. Where the UNet is in "
+        "bfloat16, so are VAE and vocoder",
     )
     speed.add_argument(
         "--guidance_interval",
@@ -341,8 +342,8 @@ def parse_arguments(argv):
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the UNet, which takes nearly all the time; the VAE and the vocoder stay in float32 (default: auto, "
-        "bfloat16 where the device computes in it, float16 on other CUDA devices, else float32)",
+        help="of the UNet, which takes nearly all the time; without --fast the VAE and the vocoder stay in float32 "
+        "(default: auto, bfloat16 where the device computes in it, float16 on other CUDA devices, else float32)",
     )
     machine.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the model at work")
 
@@ -536,8 +537,8 @@ def fast_settings(model):
     return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
 
 
-def choose_dtypes(name, device):
-    """The dtype of each model on a device, as `from_pretrained` takes it, for a `--dtype`."""
+def choose_dtypes(name, device, fast=False):
+    """The dtype of each model on a device, as `from_pretrained` takes it, for `--dtype`, and `--fast` if so."""
     import torch
 
     device = torch.device(device)
@@ -549,6 +550,8 @@ def choose_dtypes(name, device):
             name = "bfloat16"
         elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
             name = "bfloat16"
+    if name == "bfloat16" and fast:
+        return {"default": torch.bfloat16}
     dtypes = {"default": torch.float32, "unet": getattr(torch, name)}
     if name == "bfloat16":  # float16 overflows in T5
         dtypes["text_encoder"] = torch.bfloat16
@@ -645,7 +648,7 @@ def make_sounds(args):
     # On CPUs, processes find each other only if told so. The slowest of them is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device = choose_device(args, state)
-    dtypes = choose_dtypes(args.dtype, device)
+    dtypes = choose_dtypes(args.dtype, device, args.fast)
     defaults = read_model_defaults(args.model)
     for name, value in fast_settings(args.model).items() if args.fast else ():
         if getattr(args, name) is None:
@@ -682,7 +685,7 @@ def make_sounds(args):
         there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
         say(
             f"{model_name(args.model)} on {device} in "
-            f"{str(dtypes['unet']).removeprefix('torch.')}, "
+            f"{str(dtypes.get('unet', dtypes['default'])).removeprefix('torch.')}, "
             f"{defaults['scheduler']}, seed {seed}{seed_note}, "
             f"sounds to make: {len(todo)}{there}{share}"
         )

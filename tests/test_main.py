@@ -128,7 +128,8 @@ def test_half_precision_makes_nearly_the_same_sound(tango, dtype, capsys):
 
 
 def test_only_the_unet_is_in_float16_and_auto_follows_the_device(monkeypatch):
-    assert choose_dtypes("float16", "cpu") == {"default": torch.float32, "unet": torch.float16}
+    for fast in (False, True):
+        assert choose_dtypes("float16", "cpu", fast) == {"default": torch.float32, "unet": torch.float16}
     bfloat16 = {"default": torch.float32, "unet": torch.bfloat16, "text_encoder": torch.bfloat16}
     float32 = {"default": torch.float32, "unet": torch.float32}
     assert choose_dtypes("bfloat16", "cpu") == bfloat16
@@ -136,7 +137,8 @@ def test_only_the_unet_is_in_float16_and_auto_follows_the_device(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert choose_dtypes("auto", "cpu") == dtypes
-        assert choose_dtypes("float32", "cpu") == float32
+        assert choose_dtypes("float32", "cpu") == choose_dtypes("float32", "cpu", fast=True) == float32
+    assert choose_dtypes("auto", "cpu", fast=True) == {"default": torch.bfloat16}
 
 
 def test_fast_is_what_its_flags_are(tango, pipe, tmp_path):
