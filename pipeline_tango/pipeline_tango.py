@@ -215,7 +215,7 @@ def read_clips(audio, audio_sampling_rate):
             )
         if isinstance(array, torch.Tensor):
             array = array.detach().cpu().float().numpy()
-        array = array.astype(np.float32)
+        array = array.astype(np.float32, copy=False)
         if array.ndim not in (1, 2) or not array.size:
             raise ValueError(
                 f"`audio` has to be (samples,), (batch, samples) or a list of (samples,) or (channels, samples), with "
@@ -225,12 +225,14 @@ def read_clips(audio, audio_sampling_rate):
             raise ValueError(f"`audio` holds {array.shape}, the wrong order: stereo is (channels, samples).")
         if not np.isfinite(array).all():
             raise ValueError("`audio` has to hold finite samples, not NaN or infinity.")
-        clip = array.mean(axis=0, dtype=np.float64).astype(np.float32) if array.ndim == 2 else array
-        if np.abs(clip).max() > 2:  # what lossy formats decode to is often a little beyond 1
-            raise ValueError(f"`audio` has to be in [-1, 1], but reaches {np.abs(clip).max():g}.")
-        if np.abs(clip - clip.mean()).max() < SILENT_PEAK:
+        if array.ndim == 2:
+            array = array.mean(axis=0, dtype=np.float64).astype(np.float32) if len(array) > 1 else array[0]
+        lowest, highest, mean = array.min(), array.max(), array.mean()
+        if max(highest, -lowest) > 2:  # what lossy formats decode to is often a little beyond 1
+            raise ValueError(f"`audio` has to be in [-1, 1], but reaches {max(highest, -lowest):g}.")
+        if max(highest - mean, mean - lowest) < SILENT_PEAK:
             raise ValueError(f"`audio` is silent: no sample is {SILENT_PEAK} from the mean.")
-        clips.append(clip)
+        clips.append(array)
     return clips
 
 
@@ -1188,11 +1190,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """Sound of the level that the VAE was trained on, back at the level of the audio and, where there is something
         to keep of that, joined with it."""
         sampling_rate = self.vocoder.config.sampling_rate
-        joined = []
+        joined = np.empty(made.shape, dtype=np.float32)
         for i, waveform in enumerate(made.float().cpu().numpy()):
             row = i // num_copies
             audio = placed.waveform[row]
-            waveform = waveform / placed.gain[row] + placed.mean[row]
+            waveform = waveform / placed.gain[row]
+            waveform += placed.mean[row]
             is_made = placed.is_made[row] if placed.is_made is not None else None
             if frequency_mask_in_hz is not None:
                 low, high = frequency_mask_in_hz
@@ -1206,9 +1209,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 is_matched = frequency_mask_in_hz is not None
                 waveform = join_at_seams(waveform, audio, is_made, sampling_rate, is_matched)
             elif frequency_mask_in_hz is None:
-                waveform = waveform / max(np.abs(waveform).max(), 1.0)  # loud input would be clipped
-            joined.append(np.clip(waveform, -1.0, 1.0))
-        return torch.from_numpy(np.stack(joined)).to(made.device, torch.float32)
+                waveform /= max(waveform.max(), -waveform.min(), 1.0)  # loud input would be clipped
+            np.clip(waveform, -1.0, 1.0, out=joined[i])
+        return torch.from_numpy(joined).to(made.device)
 
     def mel_spectrogram_to_waveform(self, mel_spectrogram, noise=None):
         """Vocode a log-mel spectrogram.
