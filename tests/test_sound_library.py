@@ -333,25 +333,6 @@ def test_levels_are_those_of_training_mixing(recordings):
         assert compose.pressure_level_db(waveform) == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    "categories, relation, lowest, highest",
-    [
-        (("rain", "thunder"), "mixed", 4, 12),  # the event is heard over the texture
-        (("thunder", "rain"), "mixed", -12, -4),
-        (("rain", "thunder"), "background", -6, 6),
-        (("rain", "wind"), "mixed", 0, 0),
-        (("dog", "thunder"), "background", -10, -6),
-        (("rain", "thunder"), "sequence", 0, 0),
-    ],
-)
-def test_the_second_sound_gets_the_level_that_its_part_asks_for(categories, relation, lowest, highest):
-    rng = np.random.default_rng(0)
-    second = rng.standard_normal(8000)
-    for _ in range(20):
-        gain_db = compose.draw_gain_db(rng, (0.1 * second, second), categories, relation)
-        assert lowest - 1e-6 <= gain_db + 20 <= highest + 1e-6
-
-
 def test_short_sounds_are_repeated_and_textures_go_on(recordings):
     steps = [compose.draw_sound(np.random.default_rng(seed), recordings, "footsteps", 40960) for seed in range(12)]
     assert sum(several for *_, several in steps) >= 8

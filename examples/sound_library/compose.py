@@ -45,8 +45,6 @@ PACES_IN_S = {
     "wood": (0.25, 0.8),
     "wood_chopping": (0.6, 1.0),
 }
-# A texture masks an event whose loudest moment is as loud: in a mix, an event is this much louder than that.
-EVENT_GAIN_DB = (4.0, 12.0)
 OFTEN_ONCE = {"burp", "crash", "door", "explosion", "glass", "gunshot", "pop", "sneeze", "splash", "thunder"}
 # Pairs that are heard together, with weights. Half of all pairs are drawn from them.
 LIKELY_PAIRS = {
@@ -292,17 +290,6 @@ def write_captions(rng, sounds, relation):
     return captions
 
 
-def draw_gain_db(rng, waveforms, categories, relation):
-    """Gain of the second of two sounds: to the level of the first one, but for a background that is quieter and for
-    an event over a texture."""
-    gain_db = pressure_level_db(waveforms[0]) - pressure_level_db(waveforms[1])
-    if relation == "background":
-        gain_db -= rng.uniform(6, 10)
-    if relation != "sequence":
-        gain_db += rng.uniform(*EVENT_GAIN_DB) * ((categories[0] in TEXTURES) - (categories[1] in TEXTURES))
-    return gain_db
-
-
 def compose(library, index, *, num_samples, seed=0, proportion_mixed=0.3):
     """One training clip.
 
@@ -333,7 +320,8 @@ def compose(library, index, *, num_samples, seed=0, proportion_mixed=0.3):
     drawn = [draw_sound(rng, library, category, length) for category, length in zip(categories, lengths, strict=True)]
     waveform = drawn[0][0]
     if len(drawn) == 2:
-        gain_db = draw_gain_db(rng, (waveform, drawn[1][0]), categories, relation)
+        quieter_db = rng.uniform(6, 10) if relation == "background" else 0.0
+        gain_db = pressure_level_db(waveform) - pressure_level_db(drawn[1][0]) - quieter_db
         second = drawn[1][0] * np.float32(10 ** (gain_db / 20))
         waveform = join(waveform, second, overlap) if relation == "sequence" else waveform + second
     waveform = waveform * np.float32(rng.uniform(0.5, 0.9) / np.abs(waveform).max())
