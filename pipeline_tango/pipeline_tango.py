@@ -28,7 +28,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.signal
+import scipy  # loads scipy.signal, which takes a second, when that is first used
 import torch
 import torch.nn.functional as F
 from diffusers import (
