@@ -64,10 +64,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from examples.random_pipeline import SIZES, random_pipeline
-from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
 from pipeline_tango.__main__ import (
     FAST,
     CommandError,
+    attends_in_blocks,
     choose_dtypes,
     encode_wav,
     fast_settings,
@@ -84,6 +85,7 @@ OPTIONS = {
     "channels-last": "UNet and VAE with channels last in memory",
     "conv2d-vocoder": "the vocoder's convolutions as 2-D ones, with channels last",
     "fused-qkv": "one matrix for queries, keys and values",
+    "blocked-attention": "self-attention in blocks of queries, for a CPU's bfloat16",
     "compile": "torch.compile of UNet, VAE decoder and vocoder",
     "compile-dynamic": "the same, for all lengths and texts at once",
     "compile-blocks": "the same, but of the UNet's resnets and transformer blocks one by one",
@@ -126,6 +128,7 @@ def read_variant(name, device, preset=FAST):
         "dtypes": {"default": torch.float32},
         "channels_last": False,
         "fused_qkv": False,
+        "blocked_attention": False,
         "compile": None,
         "conv2d_vocoder": False,
         "deep_cache": None,
@@ -143,7 +146,7 @@ def read_variant(name, device, preset=FAST):
             variant["dtypes"] = {"default": torch.bfloat16}
         elif option == "fp16":
             variant["dtypes"] = choose_dtypes("float16", device)
-        elif option in ("channels-last", "fused-qkv", "conv2d-vocoder"):
+        elif option in ("channels-last", "fused-qkv", "blocked-attention", "conv2d-vocoder"):
             variant[option.replace("-", "_")] = True
         elif re.fullmatch(r"deep-cache-[1-9]\d?", option):
             variant["deep_cache"] = int(option.removeprefix("deep-cache-"))
@@ -154,7 +157,8 @@ def read_variant(name, device, preset=FAST):
                 raise ValueError(f"{name} needs torchao: pip install torchao")
             variant["int8"] = option
         elif option == "preset":
-            variant |= preset | {"dtypes": choose_dtypes("auto", device, fast=True)}
+            dtypes = choose_dtypes("auto", device, fast=True)
+            variant |= preset | {"dtypes": dtypes, "blocked_attention": attends_in_blocks(dtypes, device)}
         elif option != "plain":
             raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
     return variant
@@ -181,6 +185,8 @@ def load(model, variant, device):
         use_conv2d(pipe.vocoder)
     if variant["fused_qkv"]:
         pipe.unet.fuse_qkv_projections()
+    if variant["blocked_attention"]:
+        pipe.unet.set_attn_processor(BlockedAttnProcessor())
     if variant["scheduler"]:
         pipe.scheduler = SCHEDULERS[variant["scheduler"]].from_config(pipe.scheduler.config)
     if variant["deep_cache"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-__all__ = ["SCHEDULERS", "TANGO_TINY", "TangoPipeline", "log_mel_spectrogram"]
+__all__ = ["SCHEDULERS", "TANGO_TINY", "BlockedAttnProcessor", "TangoPipeline", "log_mel_spectrogram"]
 
 TANGO_TINY = str(Path(__file__).parent / "tango_tiny")  # folder of a small trained checkpoint, which works offline
 

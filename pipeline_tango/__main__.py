@@ -280,7 +280,7 @@ def parse_arguments(argv):
         action="store_true",
         help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance_interval {interval} and, for models "
         f"of the released size, --deep_cache {FAST['deep_cache']}. Each can be given otherwise. Where the UNet is in "
-        "bfloat16, so are VAE and vocoder",
+        "bfloat16, so are VAE and vocoder, and on a CPU self-attention is computed in blocks",
     )
     speed.add_argument(
         "--guidance_interval",
@@ -558,6 +558,13 @@ def choose_dtypes(name, device, fast=False):
     return dtypes
 
 
+def attends_in_blocks(dtypes, device):
+    """Whether `--fast` sets [`BlockedAttnProcessor`], which pays for bfloat16 on a CPU."""
+    import torch
+
+    return torch.device(device).type == "cpu" and dtypes.get("unet", dtypes["default"]) == torch.bfloat16
+
+
 def choose_device(args, state):
     import torch
 
@@ -580,7 +587,7 @@ def load_pipeline(args, device, dtypes):
     import diffusers
     import transformers
 
-    from . import SCHEDULERS, TangoPipeline
+    from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -597,6 +604,8 @@ def load_pipeline(args, device, dtypes):
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     if args.deep_cache is not None:
         pipe.enable_deep_cache(interval=args.deep_cache)
+    if args.fast and attends_in_blocks(dtypes, device):
+        pipe.unet.set_attn_processor(BlockedAttnProcessor())
     if args.cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     else:

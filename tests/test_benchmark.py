@@ -84,12 +84,15 @@ def test_options_are_joined_by_plus():
     assert variant["scheduler"] is None and variant["steps"] is None
     assert read_variant("plain", "cpu")["dtypes"] == {"default": torch.float32}
     assert read_variant("bf16-saved", "cpu") == read_variant("bf16", "cpu")
+    assert not read_variant("bf16", "cpu")["blocked_attention"]
+    assert read_variant("bf16+blocked-attention", "cpu")["blocked_attention"]
     assert read_variant("bf16+compile-dynamic", "cpu")["compile"] == "compile-dynamic"
 
 
 def test_the_preset_is_that_of_the_command(tiny_folder):
     assert read_variant("preset", "cpu").items() >= FAST.items()
     assert read_variant("preset", "cpu", fast_settings(tiny_folder))["deep_cache"] is None
+    assert not read_variant("preset", "cuda")["blocked_attention"]
 
 
 @pytest.mark.parametrize("name", ["reduce-overhead", "bf16+max-autotune"])
@@ -185,6 +188,7 @@ def test_what_a_variant_does_to_the_sound_is_told(measured):
     assert [measured("plain")[name] for name in figures] == [200, 200, 200]
     assert all(100 < measured("channels-last")[name] for name in figures)
     assert all(5 < measured("bf16")[name] < 100 for name in figures)
+    assert all(100 < measured("blocked-attention")[name] for name in figures)
     fused = measured("fused-qkv+fp16")
     assert fused["decoder_db"] == 200 and 5 < fused["latents_db"] < 100
     preset = measured("preset")

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import wavfile
 
-from pipeline_tango import SCHEDULERS, __version__
+from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
 from pipeline_tango.__main__ import (
     FAST,
     SCHEDULER_NAMES,
+    attends_in_blocks,
     choose_dtypes,
     draw_spectrogram,
     encode_wav,
@@ -157,6 +158,24 @@ def test_fast_is_what_its_flags_are(tango, pipe, tmp_path):
     options = {"num_inference_steps": 4, "guidance_interval": (0.0, 0.5), "audio_length_in_s": 0.1}
     audio = pipe("rain", generator=torch.Generator().manual_seed(0), **options).audios[0]
     assert np.abs(wavfile.read("fast/00001.wav")[1] - audio * 32768).max() <= 1
+
+
+@pytest.mark.parametrize("flags, expected", [("--fast --dtype bfloat16", True), ("--fast", False), ("", False)])
+def test_fast_attends_in_blocks_in_bfloat16_on_a_cpu(tango, monkeypatch, flags, expected):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    dtypes = []
+    attend = BlockedAttnProcessor.__call__
+    monkeypatch.setattr(
+        BlockedAttnProcessor,
+        "__call__",
+        lambda self, attn, hidden_states, *args, **kwargs: (
+            dtypes.append(hidden_states.dtype) or attend(self, attn, hidden_states, *args, **kwargs)
+        ),
+    )
+    assert tango("rain", "-o", "rain.wav", "--steps", 2, *flags.split()) == 0
+    assert set(dtypes) == ({torch.bfloat16} if expected else set())
+    assert not attends_in_blocks({"default": torch.bfloat16}, "cuda")
 
 
 @pytest.mark.parametrize("width, has_cache", [(640, False), (1280, True)])
