@@ -195,6 +195,21 @@ def test_the_middle_of_all_noises_is_no_better_than_noise():
     assert energy_distance(spectral_distance, *noises) < energy_distance(spectral_distance, noises[0], middle, middle)
 
 
+def test_noise_whose_bands_rise_and_fall_together_is_told_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    real, *noises = torch.randn(5, 1, 32000, generator=generator) / 10
+    gains = torch.nn.functional.interpolate(torch.randn(2, 1, 400, generator=generator), size=32000, mode="linear")
+    grains = [noise * (0.3 * gain).exp() for noise, gain in zip(noises[2:], gains)]
+
+    def distance(picture, *made):
+        parts = [[(window[picture],) for window in spectra(waveform)] for waveform in (real, *made)]
+        return float(energy_distance(spectral_distance, *parts))
+
+    bands, octets, whole, bins = (distance(i, *grains) - distance(i, *noises[:2]) for i in range(4))
+    assert whole > 5 * max(bands, bins, 0)
+    assert whole > octets > 0
+
+
 def test_a_run_that_could_learn_nothing_is_refused(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(arguments(tmp_path, "--adversarial_weight=0", "--spectrogram_weight=0"))

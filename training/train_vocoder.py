@@ -405,22 +405,33 @@ def band_filters():
 
 
 def spectra(waveform):
-    """Two pictures for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
-    num_frames), since single bins of noise say little about the noise; and the compressed complex spectrum,
-    (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near its like."""
+    """Four pictures for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
+    num_frames), since single bins of noise say little about the noise; means of these over octets of bands and over
+    all, each with its changes from frame to frame, (batch, 1, 2 * num_octets or 2, num_frames - 1); and the compressed
+    complex spectrum, (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near
+    its like.
+
+    The means are there because a Euclidean norm of many bands hardly tells whether they rise and fall together. In
+    noise they do not; where they do it is heard as grains.
+    """
     result = []
     for window, filters in band_filters():
         window, filters = window.to(waveform.device), filters.to(waveform.device)
         length = len(window)
         spectrum = torch.stft(waveform, length, length // 4, window=window, center=False, return_complex=True)
         magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
-        result.append(((filters.T @ magnitude + 3e-3).log(), 2 * compressed_spectrum(waveform, length)))
+        bands = (filters.T @ magnitude + 3e-3).log()
+        pictures = [bands]
+        for means, weight in ((bands.unflatten(1, (-1, 8)).mean(2), 1.0), (bands.mean(1, keepdim=True), 4.0)):
+            changes = torch.cat([means[..., 1:], means.diff(dim=2)], dim=1)
+            pictures.append(weight * changes.unsqueeze(1))
+        result.append((*pictures, 2 * compressed_spectrum(waveform, length)))
     return result
 
 
 def spectral_distance(a, b):
-    """Distance of two `spectra`: Euclidean norms of the differences of each frame's bands, and of each complex bin, in
-    means over frames, bins and windows."""
+    """Distance of two `spectra`: Euclidean norms of the differences of each frame's bands, of each mean and of each
+    complex bin, in means over frames, bins and windows."""
     total = 0
     for parts in zip(a, b):
         for x, y in zip(*parts):
