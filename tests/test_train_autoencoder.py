@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 from convert.convert_tango import vae_original_config
 from pipeline_tango import log_mel_spectrogram
 from training.data import ClipDataset, read_manifest
-from training.train_autoencoder import MelDataset, PatchDiscriminator, load_vae, main, parse_args, vae_factor
+from training.train_autoencoder import (
+    Autoencoder,
+    MelDataset,
+    PatchDiscriminator,
+    lay_out,
+    load_vae,
+    main,
+    parse_args,
+    vae_factor,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -121,6 +130,54 @@ def test_training_lowers_the_error(arguments, sounds, tmp_path):
     validation = [entry["validation_error"] for entry in log if "validation_error" in entry]
     assert sum(errors[-10:]) < 0.4 * sum(errors[:10])
     assert validation[-1] < 0.8 * validation[0]
+
+
+def test_a_decoder_without_attention_stays_so(arguments, tiny_folder, tmp_path):
+    flags = ("--max_train_steps=2", "--learning_rate=1e-3", "--adam_weight_decay=0.1", "--no_decoder_attention")
+    assert main(arguments(tmp_path, *flags, "--pretrained_model_name_or_path", tiny_folder, config=None)) == 0
+    before, after = weights(tiny_folder / "vae"), weights(tmp_path / "model")
+    assert not torch.equal(after["decoder.conv_in.weight"], before["decoder.conv_in.weight"])
+    for name in ("to_v.weight", "to_v.bias", "to_out.0.weight"):
+        name = f"decoder.mid_block.attentions.0.{name}"
+        assert before[name].any() and not after[name].any(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_a_batch_is_worked_on_in_rows_of_another_length(arguments, tmp_path, freeze_encoder):
+    vae = load_vae(parse_args(arguments(tmp_path))).eval()
+    mel = torch.randn(4, 1, 32, 64)
+    noise = torch.zeros(4, 4, 8, 16)
+    whole = Autoencoder(vae, freeze_encoder)(mel, noise, 32)[0]
+    halves = Autoencoder(vae, freeze_encoder)(mel, noise, 16)[0]
+    pairs = Autoencoder(vae, freeze_encoder)(mel, noise, 64)[0]
+
+    def encode(mel):
+        return vae.encode(mel).latent_dist.mean
+
+    first_half = encode(mel)[:, :, :4] if freeze_encoder else encode(mel[:, :, :16])
+    pair = torch.cat([*encode(mel[:2])], 1)[None] if freeze_encoder else encode(torch.cat([*mel[:2]], 1)[None])
+    assert torch.allclose(whole, vae.decode(encode(mel)).sample, atol=1e-5)
+    assert torch.allclose(halves[:, :, :16], vae.decode(first_half).sample, atol=1e-5)
+    assert torch.allclose(torch.cat([*pairs[:2]], 1)[None], vae.decode(pair).sample, atol=1e-5)
+    assert not torch.allclose(halves, whole, atol=1e-2) and not torch.allclose(pairs, whole, atol=1e-2)
+
+
+def test_laying_out_keeps_the_order():
+    rows = torch.arange(24).view(4, 1, 6, 1)
+    assert lay_out(rows, 12)[:, 0, :, 0].tolist() == [list(range(12)), list(range(12, 24))]
+    assert torch.equal(lay_out(lay_out(rows, 3), 6), rows)
+
+
+@pytest.mark.parametrize("factor, rows", [("4", "rows of 128"), ("0.1", "rows of 3.2"), ("0", "rows of 0")])
+def test_a_batch_that_cannot_be_laid_out_is_refused(arguments, tmp_path, factor, rows):
+    with pytest.raises(ValueError, match=f"--length_factors.*as {rows}"):
+        load_vae(parse_args(arguments(tmp_path, "--length_factors", "1", factor)))
+
+
+def test_a_new_vae_has_no_attention(arguments, tmp_path):
+    vae = load_vae(parse_args(arguments(tmp_path, config=None)))
+    assert not any("attentions" in name for name in vae.state_dict())
 
 
 def test_a_vae_or_the_vae_of_a_pipeline_can_be_fine_tuned(arguments, tiny_folder, tmp_path):

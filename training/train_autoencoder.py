@@ -54,18 +54,20 @@ from training.train import (
 
 logger = get_logger(__name__)
 
-# the released VAE at a quarter of its width; the converter needs its `mid_block` and `norm_num_groups`
+# the released VAE at a quarter of its width, and without attention: how much of that a frame gets depends on how many
+# there are, so that a VAE trained on short crops made longer sounds louder, by half a neper as the length doubled
 VAE_CONFIG = {
     "in_channels": 1,
     "out_channels": 1,
     "block_out_channels": [32, 64, 128],
     "layers_per_block": 1,
     "latent_channels": 8,
+    "mid_block_add_attention": False,
     "norm_num_groups": 32,
     "sample_size": 256,
 }
 # what a random draw is for: the first word of its key
-NOISE, CROP = range(2)
+NOISE, CROP, LENGTH = range(3)
 
 
 def parse_args(argv=None):
@@ -85,6 +87,12 @@ def parse_args(argv=None):
         action="store_true",
         help="train the decoder only: latents, and with them a UNet trained on them, stay",
     )
+    start.add_argument(
+        "--no_decoder_attention",
+        action="store_true",
+        help="set the attention in the middle of the decoder to zero for good, which else decodes sounds longer than "
+        "--num_crop_frames at another level",
+    )
 
     data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of a text, which is not used (default: by convention)")
@@ -93,6 +101,16 @@ def parse_args(argv=None):
     )
     data.add_argument("--crop", choices=("random", "head"), default="random", help="part taken from longer sounds")
     data.add_argument("--num_crop_frames", type=int, default=128, help="frames of that length to train on at a time")
+    data.add_argument(
+        "--length_factors",
+        type=float,
+        nargs="+",
+        default=[0.5, 1, 2],
+        metavar="F",
+        help="in each step a batch is laid out as rows of --num_crop_frames times one of these: crops halved, or "
+        "several in a line. Seen at one length only, a VAE learns to be right at that length: twice as long was half "
+        "a neper too loud. With --freeze_encoder, of the decoder (default: 0.5 1 2)",
+    )
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
 
     objective = parser.add_argument_group("objective", "the sum of three terms")
@@ -191,7 +209,18 @@ def load_vae(args):
             "a VAE of spectrograms has `in_channels` and `out_channels` 1, not "
             f"{vae.config.in_channels} and {vae.config.out_channels}"
         )
+    if args.no_decoder_attention:
+        for attention in filter(None, vae.decoder.mid_block.attentions):
+            for parameter in (*attention.to_v.parameters(), attention.to_out[0].weight):
+                torch.nn.init.zeros_(parameter)  # each keeps the others' gradients at 0
     factor = vae_factor(vae)
+    for length_factor in args.length_factors:
+        num_frames = args.num_crop_frames * length_factor
+        if num_frames % factor or not num_frames or args.train_batch_size * args.num_crop_frames % num_frames:
+            raise ValueError(
+                f"--length_factors: {args.train_batch_size} rows of {args.num_crop_frames} frames cannot be laid out "
+                f"as rows of {num_frames:g}, a multiple of {factor}"
+            )
     for name, number in (("--num_crop_frames", args.num_crop_frames), ("the number of mel bins", NUM_MEL_BINS)):
         if number % factor:
             raise ValueError(f"{name} is {number}, which the VAE's {factor} does not divide")
@@ -220,17 +249,28 @@ def vae_factor(vae):
 class Autoencoder(torch.nn.Module):
     """Encoder and decoder as one module for DDP."""
 
-    def __init__(self, vae):
+    def __init__(self, vae, freeze_encoder):
         super().__init__()
-        self.vae = vae
+        self.vae, self.freeze_encoder = vae, freeze_encoder
 
-    def forward(self, mel, noise):
-        """Reconstruction of `(batch, 1, num_frames, num_mel_bins)`, and mean and log-variance of the posterior that
-        `noise` draws from."""
+    def forward(self, mel, noise, num_frames):
+        """Reconstruction of `(batch, 1, num_crop_frames, num_mel_bins)`, and mean and log-variance of the posterior
+        that `noise` draws from. Rows of `num_frames` frames are worked on at a time, by a frozen encoder rows of the
+        length that `mel` has."""
+        num_crop_frames, num_latent_frames = mel.shape[2], noise.shape[2]
+        num_frames_in_latent = num_crop_frames // num_latent_frames
+        if not self.freeze_encoder:
+            mel, noise = lay_out(mel, num_frames), lay_out(noise, num_frames // num_frames_in_latent)
         posterior = self.vae.encode(mel).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        reconstruction = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample
-        return reconstruction.float(), mean, logvar
+        latents = lay_out(mean + torch.exp(0.5 * logvar) * noise, num_frames // num_frames_in_latent)
+        reconstruction = lay_out(self.vae.decode(latents).sample.float(), num_crop_frames)
+        return reconstruction, mean, logvar
+
+
+def lay_out(rows, num_frames):
+    """`(batch, channels, frames, bins)` as rows of `num_frames` frames, parts of rows or several in a line."""
+    return rows.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, num_frames)).transpose(0, 1)
 
 
 class PatchDiscriminator(torch.nn.Sequential):
@@ -429,7 +469,7 @@ def train(args):
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
     )
-    model, optimizer = accelerator.prepare(Autoencoder(vae), optimizer)
+    model, optimizer = accelerator.prepare(Autoencoder(vae, args.freeze_encoder), optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # stepped by hand, once for each optimizer step
     models = [model]
     if discriminator is not None:
@@ -496,11 +536,13 @@ def train(args):
         ]
         mel = torch.stack(batch["mel"]).unsqueeze(1).to(device)  # (batch, 1, num_crop_frames, num_mel_bins)
         noise = sample_noise((len(mel), *latent_shape), generators, device)
+        draw = torch.randint(len(args.length_factors), (), generator=keyed_generator(args.seed, LENGTH, step))
+        length_factor = args.length_factors[int(draw)]
         is_adversarial = discriminator is not None and step >= args.adversarial_start_step
 
         with accelerator.accumulate(*models):
             with accelerator.autocast():
-                reconstruction, mean, logvar = model(mel, noise)
+                reconstruction, mean, logvar = model(mel, noise, round(mel.shape[2] * length_factor))
             error = (reconstruction - mel).abs().mean()
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()  # equation (10) of Kingma and Welling 2013
             loss = args.reconstruction_weight * error + args.kl_weight * kl
