@@ -406,13 +406,13 @@ def band_filters():
 
 def spectra(waveform):
     """Four pictures for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
-    num_frames), since single bins of noise say little about the noise; means of these over octets of bands and over
-    all, each with its changes from frame to frame, (batch, 1, 2 * num_octets or 2, num_frames - 1); and the compressed
-    complex spectrum, (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near
-    its like.
+    num_frames), since single bins of noise say little about the noise; the compressed complex spectrum,
+    (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near its like; and how
+    rough the waveform is, that is by how much the mean over all bands, or over each eight, and its change from frame
+    to frame deviate in time, (batch, 1, 2 * num_means).
 
-    The means are there because a Euclidean norm of many bands hardly tells whether they rise and fall together. In
-    noise they do not; where they do it is heard as grains.
+    The roughness is there because the norms of many bands hardly tell whether they rise and fall together. In noise
+    they do not; where they do it is heard as grains.
     """
     result = []
     for window, filters in band_filters():
@@ -421,17 +421,17 @@ def spectra(waveform):
         spectrum = torch.stft(waveform, length, length // 4, window=window, center=False, return_complex=True)
         magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
         bands = (filters.T @ magnitude + 3e-3).log()
-        pictures = [bands]
-        for means, weight in ((bands.unflatten(1, (-1, 8)).mean(2), 1.0), (bands.mean(1, keepdim=True), 4.0)):
-            changes = torch.cat([means[..., 1:], means.diff(dim=2)], dim=1)
-            pictures.append(weight * changes.unsqueeze(1))
-        result.append((*pictures, 2 * compressed_spectrum(waveform, length)))
+        pictures = [bands, 2 * compressed_spectrum(waveform, length)]
+        for means, weight in ((bands.mean(1, keepdim=True), 1.0), (bands.unflatten(1, (-1, 8)).mean(2), 1.0)):
+            deviations = [(each.var(2) + 1e-4).sqrt().add(0.03).log() for each in (means, means.diff(dim=2))]
+            pictures.append(weight * torch.cat(deviations, dim=1).unsqueeze(1))
+        result.append(tuple(pictures))
     return result
 
 
 def spectral_distance(a, b):
-    """Distance of two `spectra`: Euclidean norms of the differences of each frame's bands, of each mean and of each
-    complex bin, in means over frames, bins and windows."""
+    """Distance of two `spectra`: Euclidean norms of the differences of each frame's bands, of each complex bin and of
+    each roughness, in means over frames, bins, roughnesses and windows."""
     total = 0
     for parts in zip(a, b):
         for x, y in zip(*parts):
