@@ -61,7 +61,7 @@ def test_the_vae_reconstructs_short_and_long_sounds_alike(pipe):
     for num_frames in (128, 256, 512, 1024):
         mel = log_mel_spectrogram(waveforms.repeat(1, 5))[:, None, :num_frames]  # (batch, 1, num_frames, num_mel_bins)
         difference = pipe.vae.decode(pipe.vae.encode(mel).latent_dist.mode()).sample - mel
-        assert difference.abs().mean() < 0.4 and difference.mean().abs() < 0.1, num_frames
+        assert difference.abs().mean() < 0.4 and difference.mean().abs() < 0.2, num_frames
 
 
 def test_the_same_seed_is_the_same_sound_in_any_batch(pipe):
