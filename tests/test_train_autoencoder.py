@@ -175,11 +175,6 @@ def test_a_batch_that_cannot_be_laid_out_is_refused(arguments, tmp_path, factor,
         load_vae(parse_args(arguments(tmp_path, "--length_factors", "1", factor)))
 
 
-def test_a_new_vae_has_no_attention(arguments, tmp_path):
-    vae = load_vae(parse_args(arguments(tmp_path, config=None)))
-    assert not any("attentions" in name for name in vae.state_dict())
-
-
 def test_a_vae_or_the_vae_of_a_pipeline_can_be_fine_tuned(arguments, tiny_folder, tmp_path):
     flags = ("--max_train_steps=1", "--learning_rate=0", "--pretrained_model_name_or_path")
     assert main(arguments(tmp_path / "first", *flags, tiny_folder, config=None)) == 0

@@ -54,15 +54,13 @@ from training.train import (
 
 logger = get_logger(__name__)
 
-# the released VAE at a quarter of its width, and without attention: how much of that a frame gets depends on how many
-# there are, so that a VAE trained on short crops made longer sounds louder, by half a neper as the length doubled
+# the released VAE at a quarter of its width; the converter needs its `mid_block` and `norm_num_groups`
 VAE_CONFIG = {
     "in_channels": 1,
     "out_channels": 1,
     "block_out_channels": [32, 64, 128],
     "layers_per_block": 1,
     "latent_channels": 8,
-    "mid_block_add_attention": False,
     "norm_num_groups": 32,
     "sample_size": 256,
 }
@@ -214,6 +212,9 @@ def load_vae(args):
             for parameter in (*attention.to_v.parameters(), attention.to_out[0].weight):
                 torch.nn.init.zeros_(parameter)  # each keeps the others' gradients at 0
     factor = vae_factor(vae)
+    for name, number in (("--num_crop_frames", args.num_crop_frames), ("the number of mel bins", NUM_MEL_BINS)):
+        if number % factor:
+            raise ValueError(f"{name} is {number}, which the VAE's {factor} does not divide")
     for length_factor in args.length_factors:
         num_frames = args.num_crop_frames * length_factor
         if num_frames % factor or not num_frames or args.train_batch_size * args.num_crop_frames % num_frames:
@@ -221,9 +222,6 @@ def load_vae(args):
                 f"--length_factors: {args.train_batch_size} rows of {args.num_crop_frames} frames cannot be laid out "
                 f"as rows of {num_frames:g}, a multiple of {factor}"
             )
-    for name, number in (("--num_crop_frames", args.num_crop_frames), ("the number of mel bins", NUM_MEL_BINS)):
-        if number % factor:
-            raise ValueError(f"{name} is {number}, which the VAE's {factor} does not divide")
     return vae
 
 

@@ -409,7 +409,7 @@ def spectra(waveform):
     num_frames), since single bins of noise say little about the noise; the compressed complex spectrum,
     (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near its like; and how
     rough the waveform is, that is by how much the mean over all bands, or over each eight, and its change from frame
-    to frame deviate in time, (batch, 1, 2 * num_means).
+    to frame deviate in time, (batch, 1, 2 * num_means), if there are three frames.
 
     The roughness is there because the norms of many bands hardly tell whether they rise and fall together. In noise
     they do not; where they do it is heard as grains.
@@ -422,9 +422,10 @@ def spectra(waveform):
         magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
         bands = (filters.T @ magnitude + 3e-3).log()
         pictures = [bands, 2 * compressed_spectrum(waveform, length)]
-        for means, weight in ((bands.mean(1, keepdim=True), 1.0), (bands.unflatten(1, (-1, 8)).mean(2), 1.0)):
-            deviations = [(each.var(2) + 1e-4).sqrt().add(0.03).log() for each in (means, means.diff(dim=2))]
-            pictures.append(weight * torch.cat(deviations, dim=1).unsqueeze(1))
+        if bands.shape[2] > 2:  # or there is no deviation
+            for means in (bands.mean(1, keepdim=True), bands.unflatten(1, (-1, 8)).mean(2)):
+                deviations = [(each.var(2) + 1e-4).sqrt().add(0.03).log() for each in (means, means.diff(dim=2))]
+                pictures.append(torch.cat(deviations, dim=1).unsqueeze(1))
         result.append(tuple(pictures))
     return result
 
