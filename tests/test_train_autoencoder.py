@@ -169,10 +169,18 @@ def test_laying_out_keeps_the_order():
     assert torch.equal(lay_out(lay_out(rows, 3), 6), rows)
 
 
-@pytest.mark.parametrize("factor, rows", [("4", "rows of 128"), ("0.1", "rows of 3.2"), ("0", "rows of 0")])
+@pytest.mark.parametrize(
+    "factor, rows", [("4", "rows of 128"), ("0.1", "rows of 3.2"), ("0", "rows of 0"), ("-0.5", "rows of -16")]
+)
 def test_a_batch_that_cannot_be_laid_out_is_refused(arguments, tmp_path, factor, rows):
     with pytest.raises(ValueError, match=f"--length_factors.*as {rows}"):
         load_vae(parse_args(arguments(tmp_path, "--length_factors", "1", factor)))
+
+
+def test_a_sound_shorter_than_a_crop_is_what_is_laid_out(arguments, tmp_path):
+    flags = ("--audio_length_in_s=0.68", "--num_crop_frames=128")
+    with pytest.raises(ValueError, match="--length_factors: 2 rows of 68 frames.*as rows of 34"):
+        load_vae(parse_args(arguments(tmp_path, *flags)))
 
 
 def test_a_vae_or_the_vae_of_a_pipeline_can_be_fine_tuned(arguments, tiny_folder, tmp_path):

@@ -88,8 +88,8 @@ def parse_args(argv=None):
     start.add_argument(
         "--no_decoder_attention",
         action="store_true",
-        help="set the attention in the middle of the decoder to zero for good, which else decodes sounds longer than "
-        "--num_crop_frames at another level",
+        help="set the attention in the middle of the decoder to zero for good: how much of it a frame gets depends on "
+        "how many there are. It alone does not keep the level of longer sounds, see --length_factors",
     )
 
     data = add_data_arguments(parser)
@@ -215,14 +215,22 @@ def load_vae(args):
     for name, number in (("--num_crop_frames", args.num_crop_frames), ("the number of mel bins", NUM_MEL_BINS)):
         if number % factor:
             raise ValueError(f"{name} is {number}, which the VAE's {factor} does not divide")
+    _, num_crop_frames = count_frames(args, vae)
     for length_factor in args.length_factors:
-        num_frames = args.num_crop_frames * length_factor
-        if num_frames % factor or not num_frames or args.train_batch_size * args.num_crop_frames % num_frames:
+        num_frames = num_crop_frames * length_factor
+        if num_frames % factor or num_frames <= 0 or args.train_batch_size * num_crop_frames % num_frames:
             raise ValueError(
-                f"--length_factors: {args.train_batch_size} rows of {args.num_crop_frames} frames cannot be laid out "
-                f"as rows of {num_frames:g}, a multiple of {factor}"
+                f"--length_factors: {args.train_batch_size} rows of {num_crop_frames} frames cannot be laid out "
+                f"as rows of {num_frames:g}, a multiple of {factor}: give other factors"
             )
     return vae
+
+
+def count_frames(args, vae):
+    """Frames of a sound, and of the part of it that is trained on at a time."""
+    num_frames = math.ceil(round(args.audio_length_in_s * MEL_SAMPLING_RATE) / MEL_HOP_LENGTH)
+    num_frames = math.ceil(num_frames / vae_factor(vae)) * vae_factor(vae)
+    return num_frames, min(args.num_crop_frames, num_frames)
 
 
 def read_config(path):
@@ -255,13 +263,12 @@ class Autoencoder(torch.nn.Module):
         """Reconstruction of `(batch, 1, num_crop_frames, num_mel_bins)`, and mean and log-variance of the posterior
         that `noise` draws from. Rows of `num_frames` frames are worked on at a time, by a frozen encoder rows of the
         length that `mel` has."""
-        num_crop_frames, num_latent_frames = mel.shape[2], noise.shape[2]
-        num_frames_in_latent = num_crop_frames // num_latent_frames
+        num_crop_frames, num_latent_frames = mel.shape[2], num_frames // vae_factor(self.vae)
         if not self.freeze_encoder:
-            mel, noise = lay_out(mel, num_frames), lay_out(noise, num_frames // num_frames_in_latent)
+            mel, noise = lay_out(mel, num_frames), lay_out(noise, num_latent_frames)
         posterior = self.vae.encode(mel).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = lay_out(mean + torch.exp(0.5 * logvar) * noise, num_frames // num_frames_in_latent)
+        latents = lay_out(mean + torch.exp(0.5 * logvar) * noise, num_latent_frames)
         reconstruction = lay_out(self.vae.decode(latents).sample.float(), num_crop_frames)
         return reconstruction, mean, logvar
 
@@ -430,9 +437,7 @@ def train(args):
         discriminator = PatchDiscriminator().to(device)
 
     # 2. Data
-    num_samples = round(args.audio_length_in_s * MEL_SAMPLING_RATE)
-    num_frames = math.ceil(math.ceil(num_samples / MEL_HOP_LENGTH) / factor) * factor
-    num_crop_frames = min(args.num_crop_frames, num_frames)
+    num_frames, num_crop_frames = count_frames(args, vae)
     train_clips, validation_clips = prepare_clips(args, accelerator)
 
     def mel_dataset(clips, crop, num_crop_frames):
@@ -487,7 +492,14 @@ def train(args):
 
     settings = {
         name: getattr(args, name)
-        for name in ("seed", "train_batch_size", "gradient_accumulation_steps", "crop", "audio_length_in_s")
+        for name in (
+            "seed",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "crop",
+            "audio_length_in_s",
+            "length_factors",
+        )
     } | {"num_clips": len(train_clips), "num_processes": accelerator.num_processes, "num_steps": num_steps}
     first_step = load_checkpoint(args, accelerator, settings)
     log = Log(output_dir / "log.jsonl", first_step, accelerator)
