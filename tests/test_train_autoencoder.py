@@ -26,6 +26,7 @@ from training.train_autoencoder import (
     load_vae,
     main,
     parse_args,
+    reconstruction_error,
     vae_factor,
 )
 
@@ -167,6 +168,22 @@ def test_laying_out_keeps_the_order():
     rows = torch.arange(24).view(4, 1, 6, 1)
     assert lay_out(rows, 12)[:, 0, :, 0].tolist() == [list(range(12)), list(range(12, 24))]
     assert torch.equal(lay_out(lay_out(rows, 3), 6), rows)
+
+
+def test_pooled_errors_are_of_means_over_frames():
+    there_and_back = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0]).view(1, 1, 5, 1)
+    assert float(reconstruction_error(there_and_back, [1])) == pytest.approx(7 / 5)
+    assert float(reconstruction_error(there_and_back, [2])) == pytest.approx((0 + 0 + 3) / 3)
+    assert float(reconstruction_error(there_and_back, [1, 2])) == pytest.approx((7 / 5 + 1) / 2)
+    assert float(reconstruction_error(there_and_back, [64])) == pytest.approx(3 / 5)
+    colour = torch.tensor([1.0, -1.0]).expand(1, 1, 5, 2)  # bands are never pooled
+    assert float(reconstruction_error(colour, [64])) == 1
+
+
+def test_means_over_no_frames_are_refused(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments(tmp_path, "--pool_frames", "1", "0"))
+    assert "--pool_frames has to be at least 1, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,10 @@ def check_arguments(parser, args, *counts):
     if bool(args.train_manifest) == bool(args.dataset_name):
         parser.error("give one of --train_manifest and --dataset_name")
     for name in counts:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
+        value = getattr(args, name)
+        for count in value if isinstance(value, list) else [value]:
+            if count is not None and count < 1:
+                parser.error(f"--{name} has to be at least 1, not {count}")
 
 
 def parse_args(argv=None):

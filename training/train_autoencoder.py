@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -115,6 +116,7 @@ def parse_args(argv=None):
     objective.add_argument(
         "--reconstruction_weight", type=float, default=1.0, help="of the mean absolute error of a log-mel value"
     )
+    add_pool_argument(objective)
     objective.add_argument(
         "--kl_weight",
         type=float,
@@ -173,6 +175,7 @@ def parse_args(argv=None):
         "max_train_steps",
         "num_train_epochs",
         "num_crop_frames",
+        "pool_frames",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "validation_steps",
@@ -187,6 +190,17 @@ def parse_args(argv=None):
     if args.audio_length_in_s * MEL_SAMPLING_RATE <= MEL_FFT_LENGTH // 2:
         parser.error(f"--audio_length_in_s of {args.audio_length_in_s} is too short for a spectrogram")
     return args
+
+
+def add_pool_argument(group):
+    group.add_argument(
+        "--pool_frames",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="the error of mel spectrograms is the mean of the errors of means over so many frames: with 1 8 64 what "
+        "a sound's colour is off by for long counts more than what it is off by for a moment",
+    )
 
 
 def load_vae(args):
@@ -276,6 +290,14 @@ class Autoencoder(torch.nn.Module):
 def lay_out(rows, num_frames):
     """`(batch, channels, frames, bins)` as rows of `num_frames` frames, parts of rows or several in a line."""
     return rows.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, num_frames)).transpose(0, 1)
+
+
+def reconstruction_error(difference, pool_frames):
+    """Mean absolute value of the means of `(batch, 1, frames, bins)` over windows of frames, and the mean of that over
+    all lengths of window in `pool_frames`. Windows do not overlap; the last may be shorter."""
+    windows = [(min(num_frames, difference.shape[2]), 1) for num_frames in pool_frames]
+    pooled = [F.avg_pool2d(difference, window, ceil_mode=True, count_include_pad=False) for window in windows]
+    return torch.stack([means.abs().mean() for means in pooled]).mean()
 
 
 class PatchDiscriminator(torch.nn.Sequential):
@@ -553,7 +575,7 @@ def train(args):
         with accelerator.accumulate(*models):
             with accelerator.autocast():
                 reconstruction, mean, logvar = model(mel, noise, round(mel.shape[2] * length_factor))
-            error = (reconstruction - mel).abs().mean()
+            error = reconstruction_error(reconstruction - mel, args.pool_frames)
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()  # equation (10) of Kingma and Welling 2013
             loss = args.reconstruction_weight * error + args.kl_weight * kl
             figures.append({"loss": loss, "error": error, "kl": kl})

@@ -59,7 +59,7 @@ from training.train import (
     run,
     save_checkpoint,
 )
-from training.train_autoencoder import vae_factor
+from training.train_autoencoder import add_pool_argument, reconstruction_error, vae_factor
 
 
 logger = get_logger(__name__)
@@ -124,6 +124,7 @@ def parse_args(argv=None):
     objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
     objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
     objective.add_argument("--decoder_weight", type=float, default=5.0, help="of that of the decoder's spectrograms")
+    add_pool_argument(objective)
     objective.add_argument(
         "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
     )
@@ -168,6 +169,7 @@ def parse_args(argv=None):
         "upsample_initial_channel",
         "max_train_samples",
         "discriminator_channels",
+        "pool_frames",
         "train_batch_size",
         "max_train_steps",
         "profile_steps",
@@ -779,7 +781,9 @@ def train(args):
             figures["spectrogram_loss"] = energy_distance(spectral_distance, *pictures)
             loss = loss + args.spectrogram_weight * figures["spectrogram_loss"]
         if args.train_decoder:
-            figures["decoder_loss"] = energy_distance(F.l1_loss, recorded, *mel.chunk(2))
+            figures["decoder_loss"] = energy_distance(
+                lambda a, b: reconstruction_error((a - b).unsqueeze(1), args.pool_frames), recorded, *mel.chunk(2)
+            )
             loss = loss + args.decoder_weight * figures["decoder_loss"]
         accelerator.backward(loss)
         if args.max_grad_norm:
