@@ -132,6 +132,7 @@ def read_variant(name, device, preset=FAST):
         "compile": None,
         "conv2d_vocoder": False,
         "deep_cache": None,
+        "guidance": None,
         "guidance_interval": None,
         "int8": None,
         "scheduler": None,
@@ -303,8 +304,9 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
     num_steps = variant["steps"] or settings["steps"] or pipe.config.default_num_inference_steps
     steps_timed = min(settings["steps_timed"] or num_steps, num_steps)
     options = {"audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s}
-    if variant["guidance_interval"]:
-        options["guidance_interval"] = variant["guidance_interval"]
+    for option, argument in (("guidance", "guidance_scale"), ("guidance_interval", "guidance_interval")):
+        if variant[option] is not None:
+            options[argument] = variant[option]
     pipe.set_progress_bar_config(desc=name, unit="step", leave=False, disable=None)
     reference = load_file(reference_path) if reference_path.exists() else None
 

@@ -146,16 +146,21 @@ def test_fast_is_what_its_flags_are(tango, pipe, tmp_path):
     Path("list.txt").write_text("rain\n")
     asked = ("--prompts", "list.txt", "--steps", 4)
     assert tango(*asked, "-o", "fast", "--fast") == 0
-    assert tango(*asked, "-o", "flags", "--scheduler", "dpm++", "--guidance_interval", "0-0.5") == 0
-    assert tango(*asked, "-o", "other", "--fast", "--guidance_interval", "0-1", "--scheduler", "ddim") == 0
+    assert tango(*asked, "-o", "flags", "--scheduler", "dpm++", "--guidance", 4, "--guidance_interval", "0-0.5") == 0
+    assert (
+        tango(*asked, "-o", "other", "--fast", "--guidance", 2, "--guidance_interval", "0-1", "--scheduler", "ddim")
+        == 0
+    )
     fast, flags, other = (records_of(tmp_path / name)[0] for name in ("fast", "flags", "other"))
     assert fast == flags and bytes_of(tmp_path / "fast") == bytes_of(tmp_path / "flags")
     assert fast["scheduler"] == "DPMSolverMultistepScheduler" and fast["guidance_interval"] == [0.0, 0.5]
-    assert fast["steps"] == 4 and "deep_cache" not in fast  # a flag counts more, and a narrow UNet has no cache
+    assert fast["steps"] == 4 and fast["guidance"] == 4.0 and other["guidance"] == 2.0
+    assert "deep_cache" not in fast  # a flag counts more, and a narrow UNet has no cache
     assert other["scheduler"] == "DDIMScheduler" and other["guidance_interval"] == [0.0, 1.0]
 
     pipe.scheduler = SCHEDULERS["dpm++"].from_config(pipe.scheduler.config)
-    options = {"num_inference_steps": 4, "guidance_interval": (0.0, 0.5), "audio_length_in_s": 0.1}
+    options = {"num_inference_steps": 4, "guidance_scale": 4.0, "guidance_interval": (0.0, 0.5)}
+    options["audio_length_in_s"] = 0.1
     audio = pipe("rain", generator=torch.Generator().manual_seed(0), **options).audios[0]
     assert np.abs(wavfile.read("fast/00001.wav")[1] - audio * 32768).max() <= 1
 
