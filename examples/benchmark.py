@@ -303,10 +303,11 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
     load_in_s = seconds(device) - start
     num_steps = variant["steps"] or settings["steps"] or pipe.config.default_num_inference_steps
     steps_timed = min(settings["steps_timed"] or num_steps, num_steps)
-    options = {"audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s}
-    for option, argument in (("guidance", "guidance_scale"), ("guidance_interval", "guidance_interval")):
-        if variant[option] is not None:
-            options[argument] = variant[option]
+    options = {
+        "audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s,
+        "guidance_scale": variant["guidance"],
+        "guidance_interval": variant["guidance_interval"] or (0.0, 1.0),
+    }
     pipe.set_progress_bar_config(desc=name, unit="step", leave=False, disable=None)
     reference = load_file(reference_path) if reference_path.exists() else None
 
