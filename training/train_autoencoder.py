@@ -198,8 +198,8 @@ def add_pool_argument(group):
         type=int,
         nargs="+",
         default=[1],
-        help="the error of mel spectrograms is the mean of the errors of means over so many frames: with 1 8 64 what "
-        "a sound's colour is off by for long counts more than what it is off by for a moment",
+        help="the error of what the VAE decodes is the mean of the errors of means over so many frames: with 1 8 64 "
+        "what a sound's colour is off by for long counts more than what it is off by for a moment",
     )
 
 
