@@ -220,9 +220,30 @@ def test_a_frozen_encoder_makes_the_same_latents(arguments, tiny_folder, tmp_pat
     assert scales[0] == scales[1]
 
 
-def test_the_default_vae_is_one_that_the_converter_writes(arguments, tmp_path):
-    vae = load_vae(parse_args(arguments(tmp_path, config=None)))
-    assert vae_factor(vae) == 4 and sum(p.numel() for p in vae.parameters()) == 2_715_017
+def test_a_new_vae_begins_as_a_linear_transform(arguments, sounds, tmp_path):
+    flags = ("--max_train_steps=1", "--learning_rate=0", "--validation_manifest", sounds)
+    assert main(arguments(tmp_path, *flags, config=None)) == 0
+    vae = AutoencoderKL.from_pretrained(tmp_path / "model")
+    assert vae_factor(vae) == 4 and sum(p.numel() for p in vae.parameters()) == 2_582_409
+    assert vae.config.scaling_factor == pytest.approx(1, abs=0.2)
+    # random weights are off by 3
+    assert next(entry["validation_error"] for entry in read_log(tmp_path) if "validation_error" in entry) < 0.7
+
+
+def test_a_new_encoder_may_stay_a_linear_transform(arguments, tmp_path):
+    for name, rate in (("first", 0), ("second", 1e-3)):
+        flags = ("--max_train_steps=2", "--freeze_encoder", f"--learning_rate={rate}")
+        assert main(arguments(tmp_path / name, *flags, config=None)) == 0
+    first, second = (weights(tmp_path / name / "model") for name in ("first", "second"))
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    scales = [AutoencoderKL.from_pretrained(tmp_path / n / "model").config.scaling_factor for n in ("first", "second")]
+    assert scales[0] == scales[1] == pytest.approx(1, abs=0.2)
+
+
+def test_a_vae_can_be_one_that_the_converter_writes(arguments, tmp_path):
+    (tmp_path / "vae.json").write_text('{"norm_num_groups": 32, "mid_block_add_attention": true}')
+    vae = load_vae(parse_args(arguments(tmp_path, config=tmp_path / "vae.json")))
     assert vae_original_config(vae.config)["ddconfig"]["ch_mult"] == [1, 2, 4]
 
 
@@ -331,7 +352,7 @@ def test_a_patch_discriminator_learns_to_tell_noise_from_its_blurred_copy():
         ('{"latent_chanels": 4}', "AutoencoderKL has no argument latent_chanels"),
         ("[8]", "has to hold a JSON object"),
         ("{", "is not JSON"),
-        ('{"block_out_channels": [8, 16, 32]}', "num_channels (8) must be divisible by num_groups (32)"),
+        ('{"block_out_channels": [12, 16, 32]}', "num_channels (12) must be divisible by num_groups (8)"),
     ],
 )
 def test_a_bad_config_is_one_clear_line(config, message, arguments, capsys, tmp_path):
@@ -347,6 +368,7 @@ def test_a_bad_config_is_one_clear_line(config, message, arguments, capsys, tmp_
         (("--num_crop_frames=30",), "--num_crop_frames is 30, which the VAE's 4 does not divide"),
         (("--train_manifest=absent.jsonl",), "absent.jsonl"),
         (("--resume_from_checkpoint=absent",), "absent is no complete checkpoint"),
+        (("--freeze_encoder",), "`--freeze_encoder` needs --pretrained_model_name_or_path"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, message, arguments, capsys, tmp_path):
@@ -362,7 +384,6 @@ def test_bad_input_is_one_clear_line(flags, message, arguments, capsys, tmp_path
         (("--num_crop_frames=0",), "--num_crop_frames has to be at least 1, not 0"),
         (("--pretrained_model_name_or_path=vae",), "not both"),
         (("--audio_length_in_s=0.01",), "too short for a spectrogram"),
-        (("--freeze_encoder",), "needs --pretrained_model_name_or_path"),
     ],
 )
 def test_bad_flags_are_refused_at_once(flags, message, arguments, capsys, tmp_path):

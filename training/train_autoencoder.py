@@ -33,6 +33,7 @@ from pipeline_tango import log_mel_spectrogram
 from pipeline_tango.__main__ import write_atomically
 from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from training.data import ClipDataset, count_samples, select_clips
+from training.linear_autoencoder import can_initialise, initialise
 from training.objective import sample_noise
 from training.train import (
     LR_SCHEDULERS,
@@ -55,16 +56,19 @@ from training.train import (
 
 logger = get_logger(__name__)
 
-# the released VAE at a quarter of its width; the converter needs its `mid_block` and `norm_num_groups`
+# the released VAE at a quarter of its width, without what makes longer sounds louder: attention, and norms of single
+# channels, which take the level away
 VAE_CONFIG = {
     "in_channels": 1,
     "out_channels": 1,
     "block_out_channels": [32, 64, 128],
     "layers_per_block": 1,
     "latent_channels": 8,
-    "norm_num_groups": 32,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
     "sample_size": 256,
 }
+NUM_START_FRAMES = 25600  # at most, that a new VAE is fitted to before the first step
 # what a random draw is for: the first word of its key
 NOISE, CROP, LENGTH = range(3)
 
@@ -76,15 +80,24 @@ def parse_args(argv=None):
         "training.train_autoencoder ...` on any number of processes and machines.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    start = parser.add_argument_group("start", "by default a VAE of 2.7 million random weights")
-    start.add_argument("--config", help="JSON file with arguments of AutoencoderKL that differ from the default's")
+    start = parser.add_argument_group(
+        "start",
+        "by default a VAE of 2.6 million weights that is a linear transform, fitted to the data, before any training",
+    )
+    start.add_argument(
+        "--config",
+        help="JSON file with arguments of AutoencoderKL that differ from the default's. For a VAE that the converter "
+        "can write in the original's layout: norm_num_groups 32 and mid_block_add_attention true, which take 128 "
+        "channels at the top level to begin as a linear transform",
+    )
     start.add_argument(
         "--pretrained_model_name_or_path", help="folder or Hub repo of a VAE, or of a pipeline with one"
     )
     start.add_argument(
         "--freeze_encoder",
         action="store_true",
-        help="train the decoder only: latents, and with them a UNet trained on them, stay",
+        help="train the decoder only: latents, and with them a UNet trained on them, stay. The encoder of a new VAE "
+        "then stays a linear transform",
     )
     start.add_argument(
         "--no_decoder_attention",
@@ -143,7 +156,7 @@ def parse_args(argv=None):
     steps.add_argument("--gradient_accumulation_steps", type=int, default=1)
     steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
     steps.add_argument("--num_train_epochs", type=int, default=40)
-    steps.add_argument("--learning_rate", type=float, default=1e-3)
+    steps.add_argument("--learning_rate", type=float, default=3e-4)
     steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="cosine")
     steps.add_argument("--lr_warmup_steps", type=int, default=0)
     steps.add_argument("--adam_beta1", type=float, default=0.9)
@@ -182,8 +195,6 @@ def parse_args(argv=None):
         "num_scale_clips",
         "max_train_samples",
     )
-    if args.freeze_encoder and not args.pretrained_model_name_or_path:
-        parser.error("--freeze_encoder needs --pretrained_model_name_or_path: random latents hold little")
     for name in ("seed", "reconstruction_weight", "kl_weight", "adversarial_weight", "adversarial_start_step"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
@@ -216,6 +227,11 @@ def load_vae(args):
         config.setdefault("up_block_types", ["UpDecoderBlock2D"] * num_levels)
         torch.manual_seed(args.seed)  # of the random weights
         vae = AutoencoderKL(**config)
+        if args.freeze_encoder and not can_initialise(vae):
+            raise ValueError(
+                "`--freeze_encoder` needs --pretrained_model_name_or_path, or a --config with room for a linear "
+                "transform: what random weights encode holds little"
+            )
     if (vae.config.in_channels, vae.config.out_channels) != (1, 1):
         raise ValueError(
             "a VAE of spectrograms has `in_channels` and `out_channels` 1, not "
@@ -386,7 +402,7 @@ def save_result(args, accelerator, vae, dataset, name, summary):
     """The weights as they are now under `output_dir/name`: a diffusers folder with its measured `scaling_factor`, or
     that of the frozen encoder."""
     mean, std = measure_latents(accelerator, vae, dataset)
-    if not args.freeze_encoder:  # or latents that were scaled before would no longer fit
+    if not (args.freeze_encoder and args.pretrained_model_name_or_path):  # or latents scaled before would not fit
         vae.register_to_config(scaling_factor=1 / std)
     summary = summary | {
         "mean of the latents": f"{mean:.4f}",
@@ -447,7 +463,7 @@ def train(args):
     device = accelerator.device
 
     # 1. Models
-    vae = load_vae(args).to(device)
+    vae = load_vae(args)
     if args.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -475,9 +491,15 @@ def train(args):
     dataset = mel_dataset(train_clips, args.crop, num_crop_frames)
     scale_dataset = mel_dataset(select_clips(train_clips, args.num_scale_clips, args.seed), args.crop, num_frames)
     validation_dataset = mel_dataset(validation_clips, "head", num_frames)
-    if not args.pretrained_model_name_or_path:  # log-mel values lie around -6, a long way for the optimizer to go
-        mels = [scale_dataset[0, index]["mel"] for index in range(min(16, len(scale_dataset)))]
-        torch.nn.init.constant_(vae.decoder.conv_out.bias, float(torch.cat(mels).mean()))
+    if not args.pretrained_model_name_or_path:
+        num_clips = max(1, NUM_START_FRAMES // num_crop_frames)
+        indices = range(0, len(dataset), math.ceil(len(dataset) / num_clips))
+        mels = torch.stack([dataset[(0, index)]["mel"] for index in indices]).unsqueeze(1)
+        if can_initialise(vae):
+            initialise(vae, mels)
+        else:  # log-mel values lie around -6, a long way for the optimizer to go
+            torch.nn.init.constant_(vae.decoder.conv_out.bias, float(mels.mean()))
+    vae.to(device)
 
     # 3. Optimizers and schedules, in optimizer steps
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
