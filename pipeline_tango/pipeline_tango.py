@@ -82,7 +82,8 @@ MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
 MEL_MATCH_FRAMES = 31  # over which `match_mel_spectrogram` averages
-MEL_MATCH_TOLERANCE = 0.3  # nepers by which a frame may differ beyond that
+MEL_MATCH_TOLERANCE = 0.15  # nepers by which a frame may differ beyond that
+MEL_MATCH_MOMENTUM = 0.9
 MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
 MIN_MEL_MAGNITUDE = 1e-5
 
@@ -154,28 +155,32 @@ def _log_mel(spectrum):
     return (magnitude @ _mel_filters().to(spectrum.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
 
 
-def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
+def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
     """A waveform with the levels that a log-mel spectrogram asks for, in each of its bands at each moment.
 
     What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
     it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
-    leaves the phases as they are; they are what keeps one iteration from being enough. What is missing is the mean
-    difference of 31 frames, and of each frame what exceeds 0.3 nepers beyond it: noise is rough by itself, and should
-    not be made as smooth as a spectrogram from an autoencoder.
+    leaves the phases as they are; they are what keeps one iteration from being enough. Partials that a spectrogram
+    shows come out of the noise by and by, sooner with momentum. What is missing is the mean difference of 31 frames,
+    and of each frame what exceeds 0.15 nepers beyond it: noise is rough by itself, and should not be made as smooth as
+    a spectrogram that was generated.
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
         mel_spectrogram (`torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`): as [`log_mel_spectrogram`] makes
             them, for as many hops as are in `waveform`.
-        num_iterations (`int`, *optional*, defaults to 2): 0 returns `waveform`.
+        num_iterations (`int`, *optional*, defaults to 8): 0 returns `waveform`.
 
     Returns:
         `torch.Tensor` of shape `(batch, num_samples)`: float32.
+
+    Source: the momentum is that of the fast Griffin-Lim algorithm (Perraudin et al. 2013).
     """
     options = _mel_stft(waveform.device)
     filters = _mel_filters().to(waveform.device)
     shares = filters / filters.sum(1, keepdim=True).clamp(min=1e-12)  # (num_frequency_bins, num_mel_bins)
-    for _ in range(num_iterations):
+    matched = waveform
+    for i in range(num_iterations):
         spectrum = torch.stft(waveform.float(), **options, pad_mode="reflect", return_complex=True)
         num_frames = min(mel_spectrogram.shape[1], spectrum.shape[2])
         difference = mel_spectrogram[:, :num_frames] - _log_mel(spectrum[..., :num_frames])
@@ -183,8 +188,10 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=2):
         mean = F.avg_pool1d(difference, MEL_MATCH_FRAMES, 1, MEL_MATCH_FRAMES // 2, count_include_pad=False)
         difference = mean + F.softshrink(difference - mean, MEL_MATCH_TOLERANCE)
         difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
-        waveform = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
-    return waveform
+        previous = matched
+        matched = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
+        waveform = matched + MEL_MATCH_MOMENTUM * (matched - previous) if i > 0 else matched
+    return matched
 
 
 def read_clips(audio, audio_sampling_rate):

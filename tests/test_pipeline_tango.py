@@ -287,12 +287,26 @@ def test_a_waveform_is_matched_to_a_mel_spectrogram():
         difference = (log_mel_spectrogram(waveform) - mel)[mel > -7]  # -60 dB
         return difference.abs().mean(), difference.mean()
 
-    first, once, twice = (error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 2))
+    first, once, more = (error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 8))
     assert torch.equal(match_mel_spectrogram(noise, mel, 0), noise)
-    assert first[0] > 0.8 and once[0] < 0.5 * first[0] and twice[0] < once[0]
-    assert abs(twice[1]) < 0.15 < abs(first[1])
-    assert twice[0] > MEL_MATCH_TOLERANCE / 3  # the noise's own roughness is left
-    assert (log_mel_spectrogram(match_mel_spectrogram(recording, mel)) - mel).abs().max() < 0.01  # nothing to do
+    assert first[0] > 0.8 and once[0] < 0.5 * first[0] and more[0] < 0.7 * once[0]
+    assert abs(more[1]) < 0.05 < abs(first[1])
+    assert more[0] > MEL_MATCH_TOLERANCE / 3  # the noise's own roughness is left
+    kept = match_mel_spectrogram(recording, mel)  # nothing to do; rounding moves what is far below the rest
+    assert (log_mel_spectrogram(kept) - mel)[mel > -7].abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("frequency", [300, 400, 1000])
+def test_a_partial_comes_out_of_noise(frequency):
+    tone = 0.3 * torch.sin(2 * math.pi * frequency * torch.arange(16000) / 16000)[None]
+    noise = 0.1 * torch.randn(tone.shape, generator=torch.Generator().manual_seed(0))
+
+    def share_near(waveform):
+        power = torch.fft.rfft(waveform[0]).abs().square()  # in steps of 1 Hz
+        return power[frequency - 20 : frequency + 20].sum() / power.sum()
+
+    once, more = (match_mel_spectrogram(noise, log_mel_spectrogram(tone), number) for number in (1, 8))
+    assert share_near(once) < 0.8 and share_near(more) > 0.93
 
 
 def test_matching_keeps_phases_and_lengths():
@@ -301,7 +315,7 @@ def test_matching_keeps_phases_and_lengths():
     mel = log_mel_spectrogram(0.1 * tone[:, :16000])
     matched = match_mel_spectrogram(tone, mel)
     assert matched.shape == tone.shape and matched.dtype == torch.float32
-    assert (matched - 0.1 * tone)[:, 1000:-1000].abs().max() < 1e-3
+    assert (matched - 0.1 * tone)[:, 1000:-1000].abs().max() < 3e-3
     silence = match_mel_spectrogram(torch.zeros(2, 1600), mel[:, :10].expand(2, -1, -1))
     assert torch.equal(silence, torch.zeros(2, 1600))
 
@@ -346,7 +360,7 @@ def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(compo
 def test_the_vocoders_levels_are_corrected_if_the_checkpoint_says_so(components):
     plain, corrected = (TangoPipeline(**components, num_mel_corrections=number) for number in (0, 2))
     mel = log_mel_spectrogram(read_wav("b.wav", 8000)[None])[:, None, :48]
-    expected = match_mel_spectrogram(plain.mel_spectrogram_to_waveform(mel), mel[:, 0])
+    expected = match_mel_spectrogram(plain.mel_spectrogram_to_waveform(mel), mel[:, 0], num_iterations=2)
     torch.testing.assert_close(corrected.mel_spectrogram_to_waveform(mel), expected.clamp(-1, 1))
 
 

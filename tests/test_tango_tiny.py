@@ -46,12 +46,15 @@ def statistics(waveform):
     return torch.cat([mel.mean(0) - mel.mean(), mel.std(0)])
 
 
-def share_nearest_to_own_recording(pipe, **kwargs):
-    recordings = [statistics(soundfile.read(ROOT / path)[0][:41000]) for path in RECORDINGS.values()]
-    made = [statistics(audio) for audio in make(pipe, *RECORDINGS, num_seeds=NUM_SEEDS, **kwargs)]
+def share_nearer_to_own_recording(pipe, **kwargs):
+    """How often a sound is nearer to the recording of what was asked for than to that of something else, by the
+    deviations over time, which tell recordings apart better than means do."""
+    recordings = [statistics(soundfile.read(ROOT / path)[0][:41000])[64:] for path in RECORDINGS.values()]
+    made = [statistics(audio)[64:] for audio in make(pipe, *RECORDINGS, num_seeds=NUM_SEEDS, **kwargs)]
     distances = torch.cdist(torch.stack(made), torch.stack(recordings))  # (sounds, recordings)
     own = torch.arange(len(RECORDINGS)).repeat_interleave(NUM_SEEDS)
-    return (distances.argmin(1) == own).float().mean().item()
+    is_nearer = distances.gather(1, own[:, None]) < distances
+    return is_nearer.float().sum().item() / (len(made) * (len(recordings) - 1))
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ def test_the_vae_reconstructs_short_and_long_sounds_alike(pipe):
     for num_frames in (128, 256, 512, 1024):
         mel = log_mel_spectrogram(waveforms.repeat(1, 5))[:, None, :num_frames]  # (batch, 1, num_frames, num_mel_bins)
         difference = pipe.vae.decode(pipe.vae.encode(mel).latent_dist.mode()).sample - mel
-        assert difference.abs().mean() < 0.4 and difference.mean().abs() < 0.2, num_frames
+        assert difference.abs().mean() < 0.2 and difference.mean().abs() < 0.05, num_frames
 
 
 def test_the_same_seed_is_the_same_sound_in_any_batch(pipe):
@@ -71,14 +74,14 @@ def test_the_same_seed_is_the_same_sound_in_any_batch(pipe):
 
 
 @pytest.mark.parametrize("scheduler", ["its own", "unipc", "euler"])
-def test_sounds_are_nearest_to_recordings_of_what_was_asked_for(pipe, scheduler):
+def test_sounds_are_near_to_recordings_of_what_was_asked_for(pipe, scheduler):
     other = pipe
     if scheduler != "its own":
         other = TangoPipeline.from_pipe(pipe)
         other.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
         other.set_progress_bar_config(disable=True)
-    # chance is 0.2; training recordings of these kinds reach 0.45
-    assert share_nearest_to_own_recording(other, num_inference_steps=20) >= 0.4
+    # chance is 0.5; training recordings of these kinds reach 0.71, by means 0.61
+    assert share_nearer_to_own_recording(other, num_inference_steps=20) >= 0.6
 
 
 def test_rain_is_louder_in_the_high_bands_than_thunder(pipe):
