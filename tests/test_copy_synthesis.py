@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from examples.copy_synthesis import main
+from training.copy_synthesis import main
 from pipeline_tango import TangoPipeline, log_mel_spectrogram
 
 

@@ -1,6 +1,6 @@
 """What a model's VAE and vocoder alone leave of recordings: no UNet, no prompt, so the most that it can sound like.
 
-    python -m examples.copy_synthesis MANIFEST OUT [--model FOLDER_OR_REPO] [--takes 4] [--seconds 5]
+    python -m training.copy_synthesis MANIFEST OUT [--model FOLDER_OR_REPO] [--takes 4] [--seconds 5]
 
 writes `OUT/recordings/ID.wav`, the same through the vocoder as `OUT/vocoder/ID-TAKE.wav`, and through VAE and vocoder
 as `OUT/vae/ID-TAKE.wav`, ID being the name of the recording's file; and prints the VAE's error. `training.evaluate
