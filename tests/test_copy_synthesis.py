@@ -6,8 +6,8 @@ import pytest
 import soundfile
 import torch
 
-from training.copy_synthesis import main
 from pipeline_tango import TangoPipeline, log_mel_spectrogram
+from training.copy_synthesis import main
 
 
 SOUNDS = Path(__file__).parents[1] / "examples" / "sounds"
