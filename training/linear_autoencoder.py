@@ -89,7 +89,7 @@ def initialise(vae, mel_spectrograms):
     set_rows(first, [0], 1 / deviation)
     first.bias.copy_(-mean * first.weight.sum((1, 2, 3)))
     values, num_values = centred, 1
-    for level, block in enumerate(vae.encoder.down_blocks[:-1]):
+    for block in vae.encoder.down_blocks[:-1]:
         pass_on(block, range(num_values))
         down = block.downsamplers[0].conv  # sees rows 2i to 2i + 2
         down.weight[: 4 * num_values] = 0
@@ -101,7 +101,7 @@ def initialise(vae, mel_spectrograms):
     # 2. Principal components
     rows = values.transpose(0, 1).flatten(1).T  # (cells, num_values)
     components = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:num_latents]
-    spread = ((rows - rows.mean(0)) @ components.T).std(0)
+    spread = ((rows - rows.mean(0)) @ components.T).std(0).clamp(min=1e-4)  # 0 if all sounds are alike
     scales = spread**-EVENNESS
     scales /= (spread * scales).square().mean().sqrt()
     analysis = scales[:, None] * components  # (num_latents, num_values)
