@@ -15,7 +15,7 @@ from conftest import build_components
 from hub import Hub
 from safetensors.torch import load_file
 
-from pipeline_tango import TangoPipeline
+from pipeline_tango import SCHEDULERS, TangoPipeline
 from training.train import StepSampler, keyed_generator, main, parse_args
 
 
@@ -125,6 +125,18 @@ def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, mod
     assert all((after[name] - before[name]).abs().max() > 0 for name in ("conv_in.weight", "conv_out.weight"))
     for frozen in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert_same_weights(weights(tmp_path / "model", frozen), weights(model_folder, frozen))
+
+
+def test_a_pipeline_keeps_its_own_scheduler(arguments, model_folder, tmp_path):
+    pipe = TangoPipeline.from_pretrained(model_folder)
+    pipe.scheduler = SCHEDULERS["dpm++"].from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.save_pretrained(tmp_path / "base")
+    flags = ["--max_train_steps=1", f"--pretrained_model_name_or_path={tmp_path / 'base'}"]
+    assert main(arguments(tmp_path / "kept", *flags)) == 0
+    scheduler = TangoPipeline.from_pretrained(tmp_path / "kept" / "model").scheduler
+    assert type(scheduler) is SCHEDULERS["dpm++"] and scheduler.config.use_karras_sigmas
+    assert main(arguments(tmp_path / "rescaled", *flags, "--rescale_betas_zero_snr")) == 0
+    assert type(TangoPipeline.from_pretrained(tmp_path / "rescaled" / "model").scheduler) is SCHEDULERS["ddpm"]
 
 
 def test_training_lowers_the_validation_loss(arguments, sounds, tmp_path):

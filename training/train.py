@@ -256,8 +256,8 @@ def keyed_generator(*key):
 
 
 def load_pipeline(args, weight_dtype):
-    """The pipeline to start from: `weight_dtype` where weights are large and stay frozen, else float32, which costs
-    the VAE little and the latents nothing."""
+    """The pipeline to start from, with the scheduler to save it with: `weight_dtype` where weights are large and stay
+    frozen, else float32, which costs the VAE little and the latents nothing."""
     if args.pretrained_model_name_or_path:
         pipe = TangoPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -269,7 +269,7 @@ def load_pipeline(args, weight_dtype):
                 "default": torch.float32,
             },
         )
-        scheduler_config = dict(pipe.scheduler.config)
+        scheduler_config, sampler = dict(pipe.scheduler.config), type(pipe.scheduler)
     else:
 
         def load(cls, path, subfolder):
@@ -288,12 +288,13 @@ def load_pipeline(args, weight_dtype):
             vocoder=vocoder,
             num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
         )
-        scheduler_config = SCHEDULER_CONFIG
+        scheduler_config, sampler = SCHEDULER_CONFIG, DDPMScheduler
     if args.prediction_type:
         scheduler_config["prediction_type"] = args.prediction_type
     if args.rescale_betas_zero_snr:
         scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipe.scheduler = DDPMScheduler.from_config(scheduler_config)
+        sampler = DDPMScheduler  # few others can
+    pipe.scheduler = sampler.from_config(scheduler_config)
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     return pipe
@@ -587,7 +588,7 @@ def validate(args, accelerator, model, latents, dataset):
     Returns:
         The mean, and a dict from timestep to its own mean.
     """
-    scheduler = latents.pipe.scheduler
+    scheduler = DDPMScheduler.from_config(latents.pipe.scheduler.config)
     num_train_timesteps = scheduler.config.num_train_timesteps
     timesteps = (
         (torch.arange(args.num_validation_timesteps) + 0.5) * num_train_timesteps / args.num_validation_timesteps
@@ -746,7 +747,8 @@ def train(args):
     # 1. Models
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = load_pipeline(args, weight_dtype)
-    check_scheduler(pipe.scheduler)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # adds noise by any timestep, and has velocities
+    check_scheduler(scheduler)
     for frozen in (pipe.vae, pipe.vocoder, pipe.text_encoder, pipe.unet):
         frozen.requires_grad_(False)
         frozen.eval()
@@ -777,7 +779,6 @@ def train(args):
             pipe.text_encoder.gradient_checkpointing_enable()
     model = Denoiser(pipe.unet, pipe.text_encoder if args.train_text_encoder else None).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scheduler = pipe.scheduler
 
     # 2. Data
     sampling_rate = pipe.vocoder.config.sampling_rate
