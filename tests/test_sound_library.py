@@ -403,12 +403,13 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     entries = [{"step": step, "mel_error": 1 / step} for step in range(1, 9)]
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     flags = ["--pipeline", tiny_folder, "--scheduler", "dpm++", "--num_inference_steps", 2, "--guidance_scale", 1]
-    flags += ["--audio_length_in_s", 0.3, "--runs", run, "--output", tmp_path / "tiny"]
+    flags += ["--audio_length_in_s", 0.3, "--use_karras_sigmas", "--runs", run, "--output", tmp_path / "tiny"]
     assemble.main(list(map(str, flags)))
 
     pipe = TangoPipeline.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert pipe.scheduler.config.use_karras_sigmas
     assert pipe.config.num_noise_channels == 0
     assert pipe("rain").audios.shape == (1, 4800)
     weights = load_file(tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -434,6 +435,14 @@ def test_assembling_anew_replaces_and_a_missing_run_is_told_first(tiny_folder, t
     assemble.main(flags)
     assert (tmp_path / "tiny" / "model_index.json").exists() and not (tmp_path / "tiny" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_scheduler_without_karras_sigmas_is_refused(tiny_folder, tmp_path, capsys):
+    flags = ["--pipeline", tiny_folder, "--scheduler", "ddim", "--use_karras_sigmas", "--output", tmp_path / "tiny"]
+    with pytest.raises(SystemExit):
+        assemble.main(list(map(str, flags)))
+    assert "--use_karras_sigmas: DDIMScheduler" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_vae_of_another_scale_is_refused(tiny_folder, tmp_path, capsys):

@@ -8,6 +8,7 @@ picture of their curves. `--figures` is a Markdown file with what was measured.
 """
 
 import argparse
+import inspect
 import io
 import json
 import shutil
@@ -99,6 +100,7 @@ def main(argv=None):
     parser.add_argument("--vae", type=Path, help="folder of another VAE, such as one with a decoder trained along")
     parser.add_argument("--vocoder", type=Path, help="folder of another vocoder")
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the pipeline's")
+    parser.add_argument("--use_karras_sigmas", action="store_true", help="more steps where there is little noise")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
@@ -123,8 +125,11 @@ def main(argv=None):
             parser.error(f"--vae {args.vae} scales latents in another way than the one that the UNet was trained with")
     if args.vocoder:
         changes["vocoder"] = type(pipe.vocoder).from_pretrained(args.vocoder)
-    if args.scheduler:
-        changes["scheduler"] = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    scheduler = SCHEDULERS[args.scheduler] if args.scheduler else type(pipe.scheduler)
+    options = {"use_karras_sigmas": True} if args.use_karras_sigmas else {}
+    if not options.keys() <= inspect.signature(scheduler).parameters.keys():
+        parser.error(f"--use_karras_sigmas: {scheduler.__name__} has no such setting; take another --scheduler")
+    changes["scheduler"] = scheduler.from_config(pipe.scheduler.config, **options)
     pipe.register_modules(**changes)
     pipe.register_to_config(
         default_audio_length_in_s=args.audio_length_in_s,
