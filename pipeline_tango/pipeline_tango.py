@@ -81,9 +81,7 @@ MEL_SAMPLING_RATE = 16000
 MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
-MEL_MATCH_FRAMES = 31  # over which `match_mel_spectrogram` averages
-MEL_MATCH_TOLERANCE = 0.15  # nepers by which a frame may differ beyond that
-MEL_MATCH_MOMENTUM = 0.9
+MEL_MATCH_MOMENTUM = 0.9  # of `match_mel_spectrogram`
 MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
 MIN_MEL_MAGNITUDE = 1e-5
 
@@ -161,9 +159,8 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
     What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
     it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
     leaves the phases as they are; they are what keeps one iteration from being enough. Partials that a spectrogram
-    shows come out of the noise by and by, sooner with momentum. What is missing is the mean difference of 31 frames,
-    and of each frame what exceeds 0.15 nepers beyond it: noise is rough by itself, and should not be made as smooth as
-    a spectrogram that was generated.
+    shows come out of the noise by and by, sooner with momentum. The spectrogram should be as rough as those of sounds
+    are: noise that is made as smooth as a blurred one sounds tonal.
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
@@ -185,8 +182,6 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
         num_frames = min(mel_spectrogram.shape[1], spectrum.shape[2])
         difference = mel_spectrogram[:, :num_frames] - _log_mel(spectrum[..., :num_frames])
         difference = difference.clamp(*MEL_MATCH_RANGE).transpose(1, 2)  # (batch, num_mel_bins, num_frames)
-        mean = F.avg_pool1d(difference, MEL_MATCH_FRAMES, 1, MEL_MATCH_FRAMES // 2, count_include_pad=False)
-        difference = mean + F.softshrink(difference - mean, MEL_MATCH_TOLERANCE)
         difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
         previous = matched
         matched = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
@@ -2227,7 +2222,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 / rate
             )
         # half a window to the frames that a correction changes, half a one to the samples that they are measured by
-        context += self.config.num_mel_corrections * (MEL_FFT_LENGTH / MEL_HOP_LENGTH + MEL_MATCH_FRAMES // 2)
+        context += self.config.num_mel_corrections * MEL_FFT_LENGTH / MEL_HOP_LENGTH
         return math.ceil(context + 3 / rate) + 1  # the last convolution has a kernel of 7
 
     def _stream(self, stretches, output_type):

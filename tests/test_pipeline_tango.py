@@ -31,7 +31,7 @@ from scipy.io import wavfile
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_MATCH_TOLERANCE, match_mel_spectrogram
+from pipeline_tango.pipeline_tango import match_mel_spectrogram
 
 
 SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
@@ -284,14 +284,13 @@ def test_a_waveform_is_matched_to_a_mel_spectrogram():
     noise = 0.1 * torch.randn(recording.shape, generator=torch.Generator().manual_seed(0))
 
     def error(waveform):
-        difference = (log_mel_spectrogram(waveform) - mel)[mel > -7]  # -60 dB
+        difference = (log_mel_spectrogram(waveform) - mel)[mel > mel.max() - 5]  # 43 dB below the loudest
         return difference.abs().mean(), difference.mean()
 
     first, once, more = (error(match_mel_spectrogram(noise, mel, num_iterations)) for num_iterations in (0, 1, 8))
     assert torch.equal(match_mel_spectrogram(noise, mel, 0), noise)
-    assert first[0] > 0.8 and once[0] < 0.5 * first[0] and more[0] < 0.7 * once[0]
-    assert abs(more[1]) < 0.05 < abs(first[1])
-    assert more[0] > MEL_MATCH_TOLERANCE / 3  # the noise's own roughness is left
+    assert first[0] > 0.8 and once[0] < 0.5 * first[0] and more[0] < 0.5 * once[0]
+    assert abs(more[1]) < 0.1 < abs(first[1])
     kept = match_mel_spectrogram(recording, mel)  # nothing to do; rounding moves what is far below the rest
     assert (log_mel_spectrogram(kept) - mel)[mel > -7].abs().mean() < 0.01
 
