@@ -113,13 +113,8 @@ def starting_midway():
     return sorted({*names, "LCMScheduler", "TCDScheduler"} - {"LMSDiscreteScheduler", "EDMEulerScheduler"})
 
 
-@pytest.mark.parametrize("name", starting_midway())
-@pytest.mark.parametrize("strength", [0.3, 0.55, 1.0])
-def test_every_scheduler_starts_where_strength_says(pipe, call, monkeypatch, name, strength):
-    if name == "DPMSolverSDEScheduler":
-        pytest.importorskip("torchsde")
-    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    pipe.scheduler = getattr(diffusers_schedulers, name).from_config(pipe.scheduler.config, **options)
+def start_midway(pipe, call, monkeypatch, strength, num_inference_steps):
+    """How far from where it should a variation ends, when as many steps are taken as `strength` says."""
     answer = torch.randn(1, 4, 8, 16, generator=seeds(1)[0])
     know_the_answer(pipe, monkeypatch, answer)
     steps = []
@@ -127,14 +122,31 @@ def test_every_scheduler_starts_where_strength_says(pipe, call, monkeypatch, nam
         pipe=pipe,
         audio=noise(5000),
         strength=strength,
-        num_inference_steps=20,
+        num_inference_steps=num_inference_steps,
         output_type="latent",
         callback_on_step_end=lambda pipe, step, timestep, kwargs: steps.append(step) or {},
     )
+    assert pipe.num_timesteps == len(steps) <= num_inference_steps * strength * pipe.scheduler.order + 1
+    return (latents - answer).abs().max()
+
+
+@pytest.mark.parametrize("name", starting_midway())
+@pytest.mark.parametrize("strength", [0.3, 0.55, 1.0])
+def test_every_scheduler_starts_where_strength_says(pipe, call, monkeypatch, name, strength):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe.scheduler = getattr(diffusers_schedulers, name).from_config(pipe.scheduler.config, **options)
     # those that end above zero noise, or average velocities of several timesteps, do so without audio too
     tolerance = {"DEISMultistepScheduler": 0.3, "TCDScheduler": 0.3, "PNDMScheduler": 0.3}.get(name, 1e-3)
-    assert (latents - answer).abs().max() < tolerance
-    assert pipe.num_timesteps == len(steps) <= 20 * strength * pipe.scheduler.order + 1
+    assert start_midway(pipe, call, monkeypatch, strength, 20) < tolerance
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("num_inference_steps", [20, 100])  # of 100, many have the timestep of another
+def test_karras_sigmas_start_where_strength_says(pipe, call, monkeypatch, name, num_inference_steps):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    assert start_midway(pipe, call, monkeypatch, 0.3, num_inference_steps) < 0.1
 
 
 def test_schedulers_that_cannot_start_midway_say_so(pipe, call):
