@@ -78,7 +78,7 @@ from pipeline_tango.__main__ import (
 
 
 OPTIONS = {
-    "plain": "float32, eager, every step guided, the checkpoint's scheduler and number of steps",
+    "plain": "float32, eager, the checkpoint's scheduler, number of steps and guidance",
     "bf16": "the four models in bfloat16",
     "bf16-saved": "the same, from a copy of the checkpoint saved in it: for load and memory",
     "fp16": "the UNet in float16, in which the others overflow",
@@ -306,7 +306,7 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
     options = {
         "audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s,
         "guidance_scale": variant["guidance"],
-        "guidance_interval": variant["guidance_interval"] or (0.0, 1.0),
+        "guidance_interval": variant["guidance_interval"],
     }
     pipe.set_progress_bar_config(desc=name, unit="step", leave=False, disable=None)
     reference = load_file(reference_path) if reference_path.exists() else None

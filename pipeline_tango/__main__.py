@@ -287,7 +287,7 @@ def parse_arguments(argv):
     speed.add_argument(
         "--guidance_interval",
         metavar="START-STOP",
-        help="follow the prompt by guidance only in this part of the steps, of 0-1 (default: all of it)",
+        help="follow the prompt by guidance only in this part of the steps, of 0-1 (default: the model's)",
     )
     speed.add_argument(
         "--deep_cache",
@@ -715,7 +715,7 @@ def make_sounds(args):
             num_inference_steps=batch[0]["steps"],
             guidance_scale=batch[0]["guidance"],
             generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
-            guidance_interval=args.guidance_interval or (0.0, 1.0),
+            guidance_interval=args.guidance_interval,
             **args.audio_options,
         ).audios
         compute_in_s += time.perf_counter() - start

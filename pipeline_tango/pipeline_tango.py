@@ -896,6 +896,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             `audio_length_in_s` is not given; what the checkpoint was trained on.
         default_num_inference_steps (`int`, *optional*, defaults to 100): the same for `num_inference_steps`.
         default_guidance_scale (`float`, *optional*, defaults to 3.0): the same for `guidance_scale`.
+        default_guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): the same for
+            `guidance_interval`.
         num_noise_channels (`int`, *optional*, defaults to 0): how many of the vocoder's inputs, the last ones, are
             white noise that it takes chance from (`training.train_vocoder`). The others are mel bins.
         num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on what the
@@ -917,6 +919,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_audio_length_in_s: float = 10.24,
         default_num_inference_steps: int = 100,
         default_guidance_scale: float = 3.0,
+        default_guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_noise_channels: int = 0,
         num_mel_corrections: int = 0,
     ):
@@ -928,6 +931,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             default_audio_length_in_s=default_audio_length_in_s,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval,
             num_noise_channels=num_noise_channels,
             num_mel_corrections=num_mel_corrections,
         )
@@ -1649,7 +1653,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         window_batch_size: int = 1,
         window_order: str = "joint",
         stream: bool = False,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
     ):
         """Generate sound from text, or from text and sound.
 
@@ -1745,9 +1749,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Whether to return an iterator of stretches of sound, `(batch, some samples)` each, which joined are
                 the whole. With `window_order="sequential"` each comes as soon as its window is done. A call that is
                 streaming has to be exhausted before the next.
-            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            guidance_interval (`tuple[float, float]`, *optional*):
                 Which part of the steps that are taken is guided: step k of n, counted from 0, if `start <= k / n <
                 stop`. The others cost half. Has no effect without guidance, nor on UNets that were distilled with it.
+                Defaults to the checkpoint's own (`pipe.config.default_guidance_interval`), all of them for Tango.
                 (https://huggingface.co/papers/2404.07724)
 
         Returns:
@@ -1777,6 +1782,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
+        if guidance_interval is None:
+            guidance_interval = self.config.default_guidance_interval
         clips = None if audio is None else read_clips(audio, audio_sampling_rate)
         if audio_length_in_s is None:
             audio_length_in_s = self.config.default_audio_length_in_s

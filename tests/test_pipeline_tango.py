@@ -340,6 +340,7 @@ def test_default_length_is_the_checkpoints_and_survives_saving(components, tmp_p
 
 def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(components, tmp_path):
     defaults = {"default_num_inference_steps": 2, "default_guidance_scale": 1.5}
+    defaults["default_guidance_interval"] = (0.0, 0.5)
     TangoPipeline(**components, **defaults).save_pretrained(tmp_path / "model")
     pipe = TangoPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
@@ -348,12 +349,14 @@ def test_default_steps_and_guidance_are_the_checkpoints_and_survive_saving(compo
         generator = torch.Generator().manual_seed(0)
         return pipe("rain", audio_length_in_s=0.3, generator=generator, output_type="latent", **kwargs).audios
 
-    assert torch.equal(make(), make(num_inference_steps=2, guidance_scale=1.5))
+    assert torch.equal(make(), make(num_inference_steps=2, guidance_scale=1.5, guidance_interval=(0, 0.5)))
     assert not torch.equal(make(), make(num_inference_steps=3))
     assert not torch.equal(make(), make(guidance_scale=3.0))
+    assert not torch.equal(make(), make(guidance_interval=(0.0, 1.0)))
     original = TangoPipeline(**components).config
     defaults = (original.default_num_inference_steps, original.default_guidance_scale, original.num_noise_channels)
     assert defaults == (100, 3.0, 0) and original.num_mel_corrections == 0
+    assert original.default_guidance_interval == (0.0, 1.0)
 
 
 def test_the_vocoders_levels_are_corrected_if_the_checkpoint_says_so(components):

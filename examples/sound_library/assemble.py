@@ -103,6 +103,7 @@ def main(argv=None):
     parser.add_argument("--use_karras_sigmas", action="store_true", help="more steps where there is little noise")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("START", "STOP"))
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
     parser.add_argument("--num_mel_corrections", type=int, default=0, help="of what the vocoder makes")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
@@ -135,6 +136,7 @@ def main(argv=None):
         default_audio_length_in_s=args.audio_length_in_s,
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
+        default_guidance_interval=tuple(args.guidance_interval),
         num_noise_channels=pipe.vocoder.config.model_in_dim - NUM_MEL_BINS,
         num_mel_corrections=args.num_mel_corrections,
     )
