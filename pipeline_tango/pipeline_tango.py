@@ -919,7 +919,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_audio_length_in_s: float = 10.24,
         default_num_inference_steps: int = 100,
         default_guidance_scale: float = 3.0,
-        default_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        default_guidance_interval: tuple[float, float] | list[float] = (0.0, 1.0),  # JSON knows lists only
         num_noise_channels: int = 0,
         num_mel_corrections: int = 0,
     ):

@@ -578,30 +578,36 @@ def test_output_types_agree(pipe):
 # Text limits
 
 
-def test_a_prompt_past_the_limit_warns_with_what_was_cut(golden_pipe, caplog):
+@pytest.fixture
+def warned(caplog):
+    logging.getLogger("diffusers").propagate = True
+    with caplog.at_level("WARNING"):
+        yield caplog
+    logging.getLogger("diffusers").propagate = False
+
+
+def test_a_prompt_past_the_limit_warns_with_what_was_cut(golden_pipe, warned):
     expected = golden("text")["long_input_ids"]
     prompt = "A dog barks twice and then a man speaks while birds chirp in the background" * 60
-    logging.getLogger("diffusers").propagate = True
-    try:
-        with torch.no_grad(), caplog.at_level("WARNING"):
-            embeds, mask, *_ = golden_pipe.encode_prompt(prompt)
-    finally:
-        logging.getLogger("diffusers").propagate = False
+    with torch.no_grad():
+        embeds, mask, *_ = golden_pipe.encode_prompt(prompt)
     assert embeds.shape[1] == mask.shape[1] == 512
     ids = golden_pipe.tokenizer(prompt, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(ids, expected)
-    message = next(record.getMessage() for record in caplog.records if "cut off" in record.getMessage())
+    message = next(record.getMessage() for record in warned.records if "cut off" in record.getMessage())
     assert "512" in message and "birds chirp in the background" in message
 
 
-def test_an_ordinary_prompt_does_not_warn(golden_pipe, caplog):
-    logging.getLogger("diffusers").propagate = True
-    try:
-        with torch.no_grad(), caplog.at_level("WARNING"):
-            golden_pipe.encode_prompt(["rain", "thunder"], negative_prompt="wind")
-    finally:
-        logging.getLogger("diffusers").propagate = False
-    assert not caplog.records
+def test_an_ordinary_prompt_does_not_warn(golden_pipe, warned):
+    with torch.no_grad():
+        golden_pipe.encode_prompt(["rain", "thunder"], negative_prompt="wind")
+    assert not warned.records
+
+
+def test_loading_does_not_warn(components, tmp_path, warned):
+    TangoPipeline(**components, default_guidance_interval=(0.0, 0.5)).save_pretrained(tmp_path)
+    TangoPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not warned.records
 
 
 # Schedulers
