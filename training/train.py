@@ -269,7 +269,6 @@ def load_pipeline(args, weight_dtype):
                 "default": torch.float32,
             },
         )
-        scheduler_config, sampler = dict(pipe.scheduler.config), type(pipe.scheduler)
     else:
 
         def load(cls, path, subfolder):
@@ -288,7 +287,7 @@ def load_pipeline(args, weight_dtype):
             vocoder=vocoder,
             num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
         )
-        scheduler_config, sampler = SCHEDULER_CONFIG, DDPMScheduler
+    scheduler_config, sampler = dict(pipe.scheduler.config), type(pipe.scheduler)
     if args.prediction_type:
         scheduler_config["prediction_type"] = args.prediction_type
     if args.rescale_betas_zero_snr:
@@ -582,13 +581,12 @@ class Log:
 
 
 @torch.no_grad()
-def validate(args, accelerator, model, latents, dataset):
+def validate(args, accelerator, model, scheduler, latents, dataset):
     """Mean loss over clips and timesteps, with the same noise at the same timesteps every time.
 
     Returns:
         The mean, and a dict from timestep to its own mean.
     """
-    scheduler = DDPMScheduler.from_config(latents.pipe.scheduler.config)
     num_train_timesteps = scheduler.config.num_train_timesteps
     timesteps = (
         (torch.arange(args.num_validation_timesteps) + 0.5) * num_train_timesteps / args.num_validation_timesteps
@@ -980,7 +978,9 @@ def train(args):
                 ema.store(parameters)
                 ema.copy_to(parameters)
             if validation_clips:
-                validation_loss, by_timestep = validate(args, accelerator, model, latents, validation_dataset)
+                validation_loss, by_timestep = validate(
+                    args, accelerator, model, scheduler, latents, validation_dataset
+                )
                 log.write(step, validation_loss=validation_loss, validation_loss_by_timestep=by_timestep)
                 logger.info(f"step {step}: validation loss {validation_loss:.5f}")
                 if best is None or validation_loss < best:
