@@ -404,6 +404,7 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     flags = ["--pipeline", tiny_folder, "--scheduler", "dpm++", "--num_inference_steps", 2, "--guidance_scale", 1]
     flags += ["--audio_length_in_s", 0.3, "--use_karras_sigmas", "--runs", run, "--output", tmp_path / "tiny"]
+    flags += ["--guidance_interval", 0, 0.5]
     assemble.main(list(map(str, flags)))
 
     pipe = TangoPipeline.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
@@ -411,6 +412,7 @@ def test_the_assembled_checkpoint_loads_with_its_defaults_and_credits_all(tiny_f
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert pipe.scheduler.config.use_karras_sigmas
     assert pipe.config.num_noise_channels == 0
+    assert list(pipe.config.default_guidance_interval) == [0, 0.5]
     assert pipe("rain").audios.shape == (1, 4800)
     weights = load_file(tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
