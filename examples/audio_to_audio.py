@@ -24,8 +24,8 @@ import torch
 from transformers.audio_utils import hertz_to_mel
 
 from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.__main__ import encode_wav, write_atomically
 from pipeline_tango.pipeline_tango import split_band
+from pipeline_tango.sound_files import encode_wav, write_atomically
 
 
 SOUNDS = Path(__file__).parent / "sounds"

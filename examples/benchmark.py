@@ -65,16 +65,9 @@ from tqdm import tqdm
 
 from examples.random_pipeline import SIZES, random_pipeline
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
-from pipeline_tango.__main__ import (
-    FAST,
-    CommandError,
-    attends_in_blocks,
-    choose_dtypes,
-    encode_wav,
-    fast_settings,
-    read_prompts,
-    write_atomically,
-)
+from pipeline_tango.__main__ import CommandError, read_prompts
+from pipeline_tango.presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from pipeline_tango.sound_files import encode_wav, write_atomically
 
 
 OPTIONS = {

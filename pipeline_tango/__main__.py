@@ -1,7 +1,6 @@
 """The `tango` command: sounds from a prompt, or from a whole list of them, as WAV files."""
 
 import argparse
-import io
 import json
 import os
 import random
@@ -14,15 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
+from .presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audio, write_atomically
 
 
 # Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
 
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
-# What --fast sets; each is also a flag, which counts more. There is more guidance than usual, since it is on half of
-# the steps. The cache is for models of the released width only.
-FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
-LARGE_WIDTH = 1280  # channels of a UNet's widest level
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest, where used
 SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
@@ -123,37 +120,6 @@ def read_prompts(path):
     return requests
 
 
-def read_audio(path):
-    """Float32 samples `(channels, num_samples)` in [-1, 1], and their rate: WAV by scipy, the rest by soundfile."""
-    import numpy as np
-    from scipy.io import wavfile
-
-    try:
-        with open(path, "rb") as file:
-            is_wav = file.read(4) in (b"RIFF", b"RIFX", b"RF64")
-        if is_wav:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no sound
-                sampling_rate, samples = wavfile.read(path)
-            if samples.dtype.kind == "u":  # 8 bits are stored from 0 to 255
-                samples = samples.astype(np.float32) / 128 - 1
-            elif samples.dtype.kind == "i":
-                samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-        elif find_spec("soundfile"):
-            import soundfile
-
-            samples, sampling_rate = soundfile.read(path, dtype="float32")
-        else:
-            raise CommandError(f'{path} is no WAV file; others need soundfile: pip install "pipeline-tango[demo]"')
-    except CommandError:
-        raise
-    except Exception as error:  # a file that is not ours: anything may be wrong with it
-        raise CommandError(f"cannot read the sound {path}: {error!s:.200}") from error
-    if not samples.size:
-        raise CommandError(f"the sound {path} is empty")
-    return samples.reshape(len(samples), -1).T.astype(np.float32, copy=False), int(sampling_rate)
-
-
 def read_regions(text, name, unit):
     """`[[2.0, 4.5], ...]` from `2.0-4.5,6-7`."""
     regions = []
@@ -200,7 +166,10 @@ def check_audio_arguments(args):
     bands = None if args.frequency_mask is None else read_regions(args.frequency_mask, "frequency_mask", "Hz")
     if bands is not None and len(bands) > 1:
         raise CommandError(f"frequency_mask must be one band, got {args.frequency_mask!r:.100}")
-    samples, sampling_rate = read_audio(args.audio)
+    try:
+        samples, sampling_rate = read_audio(args.audio)
+    except AudioFileError as error:
+        raise CommandError(str(error)) from error
     args.audio_seconds = samples.shape[1] / sampling_rate + (args.continuation or 0)
     args.audio_settings = {
         "audio": args.audio,
@@ -443,69 +412,6 @@ def encode_manifest(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def write_atomically(path, content):
-    """Write bytes such that `path` holds all of them or what it held before."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def encode_wav(audio, sampling_rate):
-    """16-bit mono WAV. Rounded and clipped, where the original wraps: +1.0 becomes 32767."""
-    import numpy as np
-    from scipy.io import wavfile
-
-    content = io.BytesIO()
-    wavfile.write(content, sampling_rate, np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16))
-    return content.getvalue()
-
-
-def draw_spectrogram(audio, sampling_rate, title):
-    """A PNG of the levels in `audio`, of shape `(num_samples,)`, on a mel-spaced frequency axis."""
-    import textwrap
-
-    import numpy as np
-    from matplotlib.figure import Figure
-    from scipy.signal import stft
-
-    def to_mel(hz):
-        return 2595 * np.log10(1 + np.asarray(hz) / 700)
-
-    window = min(1024, len(audio))
-    frequencies, _, spectrum = stft(audio, sampling_rate, nperseg=window, noverlap=window * 3 // 4, scaling="spectrum")
-    mel = np.linspace(0, to_mel(sampling_rate / 2), 256)
-    rows = np.interp(700 * (10 ** (mel / 2595) - 1), frequencies, np.arange(len(frequencies)))
-    low = np.floor(rows).astype(int)
-    high = np.minimum(low + 1, len(frequencies) - 1)
-    part = (rows - low)[:, None]
-    amplitude = 2 * np.abs(spectrum)  # two-sided: a full-scale sine has 0.5
-    level_db = 20 * np.log10((1 - part) * amplitude[low] + part * amplitude[high] + 1e-6)  # (mel, frames)
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(
-        level_db,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=level_db.max() - 80,
-        vmax=level_db.max(),
-        extent=(0, len(audio) / sampling_rate, 0, mel[-1]),
-    )
-    ticks_khz = [khz for khz in (0, 0.25, 0.5, 1, 2, 4, 8, 16) if khz * 2000 <= sampling_rate]
-    axes.set_yticks(to_mel(1000 * np.array(ticks_khz)), labels=[f"{khz:g}" for khz in ticks_khz])
-    axes.set_xlabel("Time (s)")
-    axes.set_ylabel("Frequency (kHz)")
-    axes.set_title(textwrap.fill(textwrap.shorten(title, 200, placeholder=" ..."), 90), parse_math=False)
-    figure.colorbar(picture, label="Level (dB, full-scale sine = 0)", pad=0.01)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
-
-
 def read_model_defaults(model):
     """Length in seconds, steps, guidance and the scheduler's class name, from the model's index alone."""
     from . import TangoPipeline
@@ -529,42 +435,6 @@ def read_model_defaults(model):
 
 def model_name(model):
     return "tango-tiny" if model == TANGO_TINY else model
-
-
-def fast_settings(model):
-    """What `--fast` sets for a model, by the width of its UNet."""
-    from diffusers import UNet2DConditionModel
-
-    width = max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"])
-    return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
-
-
-def choose_dtypes(name, device, fast=False):
-    """The dtype of each model on a device, as `from_pretrained` takes it, for `--dtype`, and `--fast` if so."""
-    import torch
-
-    device = torch.device(device)
-    if name == "auto":
-        name = "float32"
-        if device.type == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        elif device.type == "xpu" and torch.xpu.is_bf16_supported():
-            name = "bfloat16"
-        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            name = "bfloat16"
-    if name == "bfloat16" and fast:
-        return {"default": torch.bfloat16}
-    dtypes = {"default": torch.float32, "unet": getattr(torch, name)}
-    if name == "bfloat16":  # float16 overflows in T5
-        dtypes["text_encoder"] = torch.bfloat16
-    return dtypes
-
-
-def attends_in_blocks(dtypes, device):
-    """Whether `--fast` sets [`BlockedAttnProcessor`], which pays for bfloat16 on a CPU."""
-    import torch
-
-    return torch.device(device).type == "cpu" and dtypes.get("unet", dtypes["default"]) == torch.bfloat16
 
 
 def choose_device(args, state):

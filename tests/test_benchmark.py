@@ -22,7 +22,7 @@ from examples.benchmark import (
     table,
     use_conv2d,
 )
-from pipeline_tango.__main__ import FAST, fast_settings
+from pipeline_tango.presets import FAST, fast_settings
 
 
 SETTINGS = {"device": "cpu", "seconds": 0.1, "steps": 4, "steps_timed": 3}

@@ -17,18 +17,9 @@ from PIL import Image
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
-from pipeline_tango.__main__ import (
-    FAST,
-    SCHEDULER_NAMES,
-    attends_in_blocks,
-    choose_dtypes,
-    draw_spectrogram,
-    encode_wav,
-    fast_settings,
-    main,
-    read_audio,
-    read_prompts,
-)
+from pipeline_tango.__main__ import SCHEDULER_NAMES, main, read_prompts
+from pipeline_tango.presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from pipeline_tango.sound_files import draw_spectrogram, encode_wav, read_audio
 
 
 ROOT = Path(__file__).parent.parent
@@ -397,7 +388,7 @@ def test_other_files_are_read_by_soundfile_or_say_what_they_need(tmp_path, error
     soundfile.write(tmp_path / "tone.flac", tone(), 16000)
     read, sampling_rate = read_audio(tmp_path / "tone.flac")
     assert sampling_rate == 16000 and np.abs(read[0] - tone()).max() < 1e-4
-    monkeypatch.setattr("pipeline_tango.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline_tango.sound_files.find_spec", lambda name: None)
     status, line = error_of("rain", "--model", "x", "--audio", tmp_path / "tone.flac")
     assert status == 2 and 'pip install "pipeline-tango[demo]"' in line
 

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import get_device
 from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS
-from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.sound_files import write_atomically
 from training.data import select_clips
 from training.generation import System, check_schedulers, collect, generate, plan_systems, read_items
 from training.listeners import LISTENERS

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
-from pipeline_tango.__main__ import encode_wav, write_atomically
+from pipeline_tango.sound_files import encode_wav, write_atomically
 from training.data import AUDIO_COLUMNS, CAPTION_COLUMNS, as_captions, csv_records, find_column, json_records
 from training.train import fingerprint, keyed_generator
 

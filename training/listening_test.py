@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline_tango.__main__ import encode_wav, write_atomically
+from pipeline_tango.sound_files import encode_wav, write_atomically
 from training.data import Clip, read_waveform, select_clips
 from training.generation import read_generated, read_items
 from training.measuring import set_level, sort_out

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.logging import get_logger
 
-from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.sound_files import write_atomically
 from training.metrics import interval, probability_better
 
 

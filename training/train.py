@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline, log_mel_spectrogram
-from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
 from pipeline_tango.pipeline_tango import NUM_MEL_BINS
+from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
 from training.data import (
     ClipDataset,
     EpochSampler,

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.__main__ import write_atomically
 from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.sound_files import write_atomically
 from training.data import ClipDataset, count_samples, select_clips
 from training.linear_autoencoder import can_initialise, initialise
 from training.objective import sample_noise

@@ -39,8 +39,8 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.__main__ import draw_spectrogram, encode_wav, write_atomically
 from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
 from training.data import is_silent, normalise, read_waveform
 from training.noise_vocoder import initialise
 from training.objective import sample_noise

@@ -32,7 +32,7 @@ from scipy.signal import firwin, kaiserord, resample_poly
 from tqdm.auto import tqdm
 
 from examples.sound_library.captions import widen
-from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.sound_files import write_atomically
 
 
 MANIFEST = Path(__file__).with_name("manifest.csv")

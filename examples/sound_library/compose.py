@@ -18,7 +18,7 @@ import soundfile
 from tqdm.auto import tqdm
 
 from examples.sound_library.captions import sentence_case, variants, widen
-from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.sound_files import write_atomically
 
 
 SAMPLING_RATE = 16000

@@ -1,0 +1,42 @@
+"""What `--fast` sets, and the dtypes and the attention that suit a device."""
+
+# What --fast sets; each is also a flag, which counts more. There is more guidance than usual, since it is on half of
+# the steps. The cache is for models of the released width only.
+FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
+LARGE_WIDTH = 1280  # channels of a UNet's widest level
+
+
+def fast_settings(model):
+    """What `--fast` sets for a model, by the width of its UNet."""
+    from diffusers import UNet2DConditionModel
+
+    width = max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"])
+    return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
+
+
+def choose_dtypes(name, device, fast=False):
+    """The dtype of each model on a device, as `from_pretrained` takes it, for `--dtype`, and `--fast` if so."""
+    import torch
+
+    device = torch.device(device)
+    if name == "auto":
+        name = "float32"
+        if device.type == "cuda":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        elif device.type == "xpu" and torch.xpu.is_bf16_supported():
+            name = "bfloat16"
+        elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            name = "bfloat16"
+    if name == "bfloat16" and fast:
+        return {"default": torch.bfloat16}
+    dtypes = {"default": torch.float32, "unet": getattr(torch, name)}
+    if name == "bfloat16":  # float16 overflows in T5
+        dtypes["text_encoder"] = torch.bfloat16
+    return dtypes
+
+
+def attends_in_blocks(dtypes, device):
+    """Whether `--fast` sets [`BlockedAttnProcessor`], which pays for bfloat16 on a CPU."""
+    import torch
+
+    return torch.device(device).type == "cpu" and dtypes.get("unet", dtypes["default"]) == torch.bfloat16
