@@ -14,13 +14,15 @@ A variant is options joined by `+`:
 
 The columns of the table:
 
-    text, UNet, VAE, vocoder  milliseconds, each measured alone; UNet is the whole loop
+    text, VAE, vocoder        milliseconds, each measured alone
+    UNet, UNet call           milliseconds of the loop, which is the rest of the clip, and of one bare guided call
     clip                      milliseconds from prompt to waveform, of the whole batch, median of the rounds
     a clip                    the same, divided by the batch size
     TFLOP                     what the clip computes
     share                     of the rate of a large matrix product in the same dtype, measured in the same run
     GB, reserved              peak of what tensors took, and of what torch held for them, which includes CUDA graphs
-    latents dB                signal to difference against the reference, a float32 run of the same noise and steps
+    latents dB                signal to difference against the first row of these steps, which is in float32 for the
+                              fewest steps and for the preset
     cold                      seconds of the first call: choice of kernels, compilation, capture of graphs
 """
 
@@ -161,7 +163,7 @@ class ReplayedForward:
 @contextlib.contextmanager
 def replay_as_graphs(pipe, names=("unet", "vae.decoder", "vocoder")):
     """Within this context the modules `names` of `pipe` are replayed as graphs, as [`ReplayedForward`] says. Dtype,
-    device, memory format, deep cache and LoRA have to be set before."""
+    device, memory format and LoRA have to be set before."""
     modules = [operator.attrgetter(name)(pipe) for name in names]
     before = [vars(module).get("forward") for module in modules]  # of hooks, which replace it on the instance
     for module in modules:
@@ -672,7 +674,7 @@ def main(argv=None):
             tests = None
             done("tests")
 
-    signal.signal(signal.SIGALRM, raise_timeout)
+    handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, max(args.seconds - 5, 1))
     try:
         pipe = build(args.size, args.device)
@@ -715,6 +717,7 @@ def main(argv=None):
         report["problems"]["the run"] = str(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
         wait_for_tests()
     done("all")
     print(table(report))

@@ -90,7 +90,7 @@ def test_a_variant_that_fails_stops_nothing(few_groups, tmp_path, monkeypatch):
 
 
 def test_what_the_time_does_not_allow_is_named(few_groups, tmp_path):
-    assert main([*SMALL, "--output_dir", str(tmp_path), "--no_tests", "--seconds", "8"]) == 1
+    assert main([*SMALL, "--output_dir", str(tmp_path), "--no_tests", "--seconds", "9.9"]) == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not report["rows"] and "no time was left" in report["problems"][BEST]
 
