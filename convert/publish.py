@@ -12,10 +12,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
+import pipeline_tango
+from pipeline_tango.single_file import single_file
+
 
 logger = logging.getLogger(__name__)
 
-CODE = Path(__file__).parents[1] / "pipeline_tango" / "pipeline_tango.py"
+PIPELINE = Path(pipeline_tango.__file__).with_name("pipeline_tango.py")
 CARD = Path(__file__).with_name("card.md")
 CONFIGS = {
     "vae": "config.json",
@@ -58,7 +61,7 @@ def add_card_and_code(folder, *, source=None, license=None, notes=()):
         ValueError: if a config or a weight file is missing or cannot be read.
     """
     folder = Path(folder)
-    (folder / "pipeline.py").write_bytes(CODE.read_bytes())
+    (folder / "pipeline.py").write_bytes(single_file(PIPELINE).encode())
     readme = folder / "README.md"
     if readme.exists() and MARKER not in readme.read_text(encoding="utf-8"):
         logger.warning("%s was not generated: left as it is", readme)
@@ -109,7 +112,7 @@ def push(folder, repo_id, *, private=False, token=None, commit_message=None, sou
             raise ValueError(f"`private`: {repo_id} exists already and is public; nothing was uploaded")
         text = text.replace(PLACEHOLDER, repo_id) if MARKER in text else text
         uploads = {path.relative_to(folder).as_posix(): path for path in files}
-        uploads |= {"README.md": text.encode(), "pipeline.py": CODE.read_bytes()}
+        uploads |= {"README.md": text.encode(), "pipeline.py": single_file(PIPELINE).encode()}
         api.create_commit(  # not upload_folder, which may split a large folder into several commits
             repo_id,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in uploads.items()],

@@ -13,8 +13,7 @@
 # limitations under the License.
 """Text-to-audio, audio-to-audio and inpainting with Tango (Ghosal et al. 2023, arXiv 2304.13731).
 
-This file is the whole inference path and imports no other file of its package: a model repository carries the same
-bytes as `pipeline.py`. "The original" below is the code that the released checkpoints were trained with.
+"The original" below is the code that the released checkpoints were trained with.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ import functools
 import inspect
 import math
 import os
-import shutil
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -58,6 +56,8 @@ from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
+
+from .single_file import single_file
 
 
 if is_torch_xla_available():
@@ -1126,10 +1126,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         push_to_hub=False,
         **push_to_hub_kwargs,
     ):
-        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` uses too, with this file beside the
-        index as `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is missing."""
+        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
         os.makedirs(save_directory, exist_ok=True)
-        shutil.copyfile(__file__, os.path.join(save_directory, "pipeline.py"))
+        with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
+            file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
