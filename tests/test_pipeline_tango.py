@@ -29,7 +29,7 @@ from scipy.io import wavfile
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import match_mel_spectrogram
+from pipeline_tango.mel import match_mel_spectrogram
 
 
 SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
