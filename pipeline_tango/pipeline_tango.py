@@ -20,7 +20,6 @@ import contextlib
 import inspect
 import math
 import os
-import shutil
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -84,6 +83,7 @@ from .mel import (  # noqa: F401
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
+from .single_file import single_file
 from .windows import WindowPlan, blend_windows, window_weights
 
 
@@ -327,10 +327,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         push_to_hub=False,
         **push_to_hub_kwargs,
     ):
-        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` uses too, with the code as
+        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
         `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
         os.makedirs(save_directory, exist_ok=True)
-        shutil.copyfile(__file__, os.path.join(save_directory, "pipeline.py"))
+        with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
+            file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
