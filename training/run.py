@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 def run(command, args):
-    """Exit status of `command(args)`. An error that the user can mend is one line on standard error."""
+    """Exit status of `command(args)`. An error that the user can correct is one line on standard error."""
     try:
         return command(args)
     except (ValueError, OSError, FloatingPointError) as error:
