@@ -61,6 +61,7 @@ from .run import (
     catch_sigterm,
     end,
     load_checkpoint,
+    log_plan,
     make_ema,
     mean_figures,
     open_log,
@@ -466,14 +467,11 @@ def train(args):
         f"data: {len(train_clips)} clips, {hours:.2f} h at {num_samples / sampling_rate:g} s each; validation: "
         f"{len(validation_clips)}"
     )
-    logger.info(
-        f"{num_steps} steps of {step_size} clips ({num_steps * step_size / len(train_clips):.1f} epochs), from step "
-        f"{first_step}"
-    )
+    log_plan(first_step, num_steps, step_size, len(train_clips))
 
     # 4. The loop
     best = min(log.values("validation_loss"), default=None)
-    step, figures, grad_norm = first_step, [], {}
+    step, figures, grad_norm = first_step, [], None
     started = time.monotonic()
     bar = progress_bar(accelerator, first_step, num_steps)
     for i, batch in enumerate(loader):
@@ -500,7 +498,7 @@ def train(args):
             figures.append({"loss": loss.detach()})
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
-                grad_norm["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -514,7 +512,8 @@ def train(args):
         if ema is not None:
             ema.step(parameters)
         means = mean_figures(accelerator, figures, step, bar)
-        log.write(step, **means, lr=learning_rate, **{name: float(value) for name, value in grad_norm.items()})
+        norms = {} if grad_norm is None else {"grad_norm": float(grad_norm)}  # DeepSpeed may have none
+        log.write(step, **means, lr=learning_rate, **norms)
         bar.update()
         bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{learning_rate:.2e}")
 

@@ -47,6 +47,7 @@ from .run import (
     catch_sigterm,
     end,
     load_checkpoint,
+    log_plan,
     make_ema,
     mean_figures,
     open_log,
@@ -414,6 +415,13 @@ def write_table(path, clips, errors):
     write_atomically(path, file.getvalue().encode())
 
 
+def mel_dataset(clips, crop, num_frames, num_crop_frames, seed):
+    """Crops of `num_crop_frames` of clips that are cut or padded to `num_frames` first."""
+    num_samples = num_frames * MEL_HOP_LENGTH
+    dataset = ClipDataset(clips, sampling_rate=MEL_SAMPLING_RATE, num_samples=num_samples, crop=crop, seed=seed)
+    return MelDataset(dataset, num_crop_frames, seed)
+
+
 def start_weights(vae, dataset, num_crop_frames):
     """Fit a new VAE to crops of the data, as a linear transform if it is wide enough for one."""
     num_clips = max(1, NUM_START_FRAMES // num_crop_frames)
@@ -423,6 +431,11 @@ def start_weights(vae, dataset, num_crop_frames):
         initialise(vae, mels)
     else:  # log-mel values lie around -6, which the optimizer would take long to reach
         torch.nn.init.constant_(vae.decoder.conv_out.bias, float(mels.mean()))
+
+
+def hinge_loss(real, fake):
+    """Loss of the discriminator, from its logits for spectrograms and for reconstructions."""
+    return 0.5 * (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
 
 
 def score_reconstruction(discriminator, reconstruction):
@@ -462,17 +475,10 @@ def train(args):
     train_clips, validation_clips = prepare_clips(
         clip_sources(args), accelerator, output_dir, args.num_workers, args.seed
     )
-
-    def mel_dataset(clips, crop, num_crop_frames):
-        num_samples = num_frames * MEL_HOP_LENGTH
-        dataset = ClipDataset(
-            clips, sampling_rate=MEL_SAMPLING_RATE, num_samples=num_samples, crop=crop, seed=args.seed
-        )
-        return MelDataset(dataset, num_crop_frames, args.seed)
-
-    dataset = mel_dataset(train_clips, args.crop, num_crop_frames)
-    scale_dataset = mel_dataset(select_clips(train_clips, args.num_scale_clips, args.seed), args.crop, num_frames)
-    validation_dataset = mel_dataset(validation_clips, "head", num_frames)
+    scale_clips = select_clips(train_clips, args.num_scale_clips, args.seed)
+    dataset = mel_dataset(train_clips, args.crop, num_frames, num_crop_frames, args.seed)
+    scale_dataset = mel_dataset(scale_clips, args.crop, num_frames, num_frames, args.seed)
+    validation_dataset = mel_dataset(validation_clips, "head", num_frames, num_frames, args.seed)
     if not args.pretrained_model_name_or_path:
         start_weights(vae, dataset, num_crop_frames)
     vae.to(device)
@@ -524,10 +530,7 @@ def train(args):
         f"data: {len(train_clips)} clips, cut or padded to {num_frames} frames, {num_crop_frames} at a time; "
         f"validation: {len(validation_clips)}"
     )
-    logger.info(
-        f"{num_steps} steps of {step_size} clips ({num_steps * step_size / len(train_clips):.1f} epochs), from step "
-        f"{first_step}"
-    )
+    log_plan(first_step, num_steps, step_size, len(train_clips))
 
     # 4. The loop
     latent_shape = (vae.config.latent_channels, *(size // vae_factor(vae) for size in (num_crop_frames, NUM_MEL_BINS)))
@@ -563,8 +566,7 @@ def train(args):
             if is_adversarial:
                 with accelerator.autocast():
                     logits = discriminator(torch.cat([mel, reconstruction.detach()])).float()
-                real, fake = logits.chunk(2)  # (batch, 1, num_crop_frames / 8, num_mel_bins / 8) each
-                discriminator_loss = 0.5 * (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
+                discriminator_loss = hinge_loss(*logits.chunk(2))
                 figures[-1]["discriminator_loss"] = discriminator_loss
                 accelerator.backward(discriminator_loss)
                 discriminator_optimizer.step()
