@@ -18,10 +18,10 @@ from savedmodel import random_weights, write_yamnet
 from scipy.io import wavfile
 
 from pipeline_tango import TangoPipeline
-from training.evaluate import candidate_counts, main
-from training.generation import Item, read_generated, read_items, short_names
-from training.listeners import load_listener
-from training.measuring import Classes, best_of, group_of, set_level
+from training.evaluate import main
+from training.evaluation.items import Item, group_of, read_generated, read_items, short_names
+from training.evaluation.listeners import load_listener
+from training.evaluation.measuring import Classes, best_of, candidate_counts, set_level
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

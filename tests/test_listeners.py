@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from training.listeners import Yamnet, load_listener, read_tensor_bundle
+from training.evaluation.listeners import Yamnet, load_listener, read_tensor_bundle
 
 
 ROOT = Path(__file__).parents[1]
