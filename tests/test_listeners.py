@@ -30,11 +30,6 @@ def weights():
 
 
 @pytest.fixture(scope="module")
-def yamnet_folder(weights, tmp_path_factory):
-    return write_yamnet(tmp_path_factory.mktemp("yamnet") / "yamnet_base", weights)
-
-
-@pytest.fixture(scope="module")
 def yamnet(yamnet_folder):
     return load_listener("yamnet", str(yamnet_folder))
 
