@@ -105,10 +105,17 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_leaves_import_nothing_of_ours():
-    for name in ("data", "listeners", "mixing", "metrics", "objective"):
+    for name in ("data", "evaluation/listeners", "evaluation/metrics", "mixing", "objective"):
         path = ROOT / "training" / f"{name}.py"
         if path.exists():
             assert not {name for name in imports(path) if name.split(".")[0] in OURS}
+
+
+def test_evaluation_imports_nothing_of_the_trainers():
+    paths = [*(ROOT / "training" / "evaluation").glob("*.py")]
+    paths += [ROOT / "training" / f"{name}.py" for name in ("evaluate", "listening_test", "copy_synthesis")]
+    for path in paths:
+        assert not {name for name in imports(path) if name.startswith("training.train")}, path
 
 
 def test_there_are_no_catch_all_modules():
