@@ -1,7 +1,6 @@
 """Put a diffusers Tango folder on a Hub with its model card and its code: `python -m convert.publish FOLDER REPO`."""
 
 import argparse
-import json
 import logging
 import math
 import re
@@ -11,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+
+from pipeline_tango.json_files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -238,19 +239,6 @@ def check_folder(folder):
                 f"{', '.join(sorted(dtypes))} and would load as what it says: remove that entry"
             )
     return files
-
-
-def read_json(path):
-    """The JSON object in `path`; a ValueError if there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def _read_header(path):

@@ -13,17 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
-from .presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings
 from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audio, write_atomically
 
 
 # Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
 
-SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest, where used
 SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
-CONVERT_HINT = "a checkpoint in the original layout is converted by: python -m convert.convert_tango SOURCE OUTPUT"
+CONVERT_HINT = "a checkpoint in the original layout is converted by: tango-convert SOURCE OUTPUT"
 
 
 def is_text(value):

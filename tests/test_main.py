@@ -17,8 +17,8 @@ from PIL import Image
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
-from pipeline_tango.__main__ import SCHEDULER_NAMES, main, read_prompts
-from pipeline_tango.presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from pipeline_tango.__main__ import main, read_prompts
+from pipeline_tango.presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings
 from pipeline_tango.sound_files import draw_spectrogram, encode_wav, read_audio
 
 
@@ -566,7 +566,7 @@ def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkp
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
     status, line = error_of("rain", "--model", original_checkpoint)
-    assert status == 1 and "python -m convert.convert_tango" in line
+    assert status == 1 and "tango-convert SOURCE OUTPUT" in line
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
