@@ -27,7 +27,7 @@ from training.generation import System, check_schedulers, collect, generate, pla
 from training.listeners import LISTENERS
 from training.measuring import Hearing, Measure, best_of, group_of, length_in_s, sort_out
 from training.report import Report
-from training.train import run
+from training.run import run
 
 
 logger = get_logger(__name__)

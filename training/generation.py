@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.sound_files import encode_wav, write_atomically
+from training.batches import keyed_generator
 from training.data import AUDIO_COLUMNS, CAPTION_COLUMNS, as_captions, csv_records, find_column, json_records
-from training.train import fingerprint, keyed_generator
+from training.latents import fingerprint
 
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff")

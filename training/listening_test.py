@@ -27,7 +27,7 @@ from training.data import Clip, read_waveform, select_clips
 from training.generation import read_generated, read_items
 from training.measuring import set_level, sort_out
 from training.metrics import interval, probability_better, resample
-from training.train import run
+from training.run import run
 
 
 logger = logging.getLogger(__name__)

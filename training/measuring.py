@@ -11,7 +11,8 @@ import numpy as np
 from accelerate.logging import get_logger
 from tqdm import tqdm
 
-from training.data import Clip, LatentCache, cache_key, inspect_clips, is_silent, read_waveform
+from training.data import Clip, inspect_clips, is_silent, read_waveform
+from training.latents import LatentCache, cache_key
 from training.listeners import load_listener
 from training.metrics import (
     clap_score,
