@@ -24,6 +24,7 @@ from convert.to_original import vae_original_config
 from pipeline_tango import TangoPipeline
 from pipeline_tango.json_files import read_json, write_json
 from pipeline_tango.original import SCALING_FACTOR, STFT_CONFIG, UNET_CONFIG, build, stft_tensors, wanted_of
+from pipeline_tango.single_file import single_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_pickled_text_encoder_wins_over_the_named_one(converted, original_checkp
 def test_card_and_code_are_written_and_no_file_lacks_a_dot(converted):
     card = (converted / "README.md").read_text()
     assert "`text_encoder.encoder.embed_tokens.weight`" in card
-    assert (converted / "pipeline.py").read_bytes() == (ROOT / "pipeline_tango" / "pipeline_tango.py").read_bytes()
+    assert (converted / "pipeline.py").read_text() == single_file(ROOT / "pipeline_tango" / "pipeline_tango.py")
     files = [path for path in converted.rglob("*") if path.is_file()]
     assert all("." in path.name for path in files)
     assert all(path.suffix in (".json", ".safetensors", ".model", ".md", ".py") for path in files)
