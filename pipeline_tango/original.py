@@ -353,9 +353,7 @@ def load_component(original, component, dtype=None):
     """
     if component == "tokenizer":
         return T5Tokenizer.from_pretrained(original.text_encoder)
-    if (
-        component == "scheduler"
-    ):  # the config may name DDIM, the original reads it into DDPM
+    if component == "scheduler":  # the config may name DDIM, the original reads it into DDPM
         return DDPMScheduler.from_config(original.scheduler_config)
     model = build(component, original.configs[component])
     shapes = shapes_of(model)

@@ -62,9 +62,8 @@ from .mel import (
 from .prompts import read_prompts, texts_at
 from .schedule import SCHEDULERS, step_of_evaluation  # noqa: F401
 from .seams import join_at_seams, match_level, split_band
-from .windows import blend_windows, window_starts, window_weights
-
 from .single_file import single_file
+from .windows import blend_windows, window_starts, window_weights
 
 
 if is_torch_xla_available():
