@@ -287,8 +287,10 @@ def _model_card(folder, source, license, notes):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tango-publish", description=__doc__)
-    parser.add_argument("folder", help="diffusers folder, as tango-convert or save_pretrained writes it")
-    parser.add_argument("repo", help="Hub repo, OWNER/NAME; created if it does not exist")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="diffusers folder that tango-convert or save_pretrained wrote"
+    )
+    parser.add_argument("repo", metavar="REPO", help="Hub repo, OWNER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create the repo as a private one")
     parser.add_argument("--token", help="access token (default: HF_TOKEN, or the one stored by `hf auth login`)")
     parser.add_argument("--commit_message", help="message of the one commit (default: 'Upload TangoPipeline')")

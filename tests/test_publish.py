@@ -364,5 +364,5 @@ def test_help_names_every_option(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(
-        option in text for option in ("FOLDER REPO", "--private", "--token", "--license")
+        option in text for option in ("usage: tango-publish", "FOLDER REPO", "--private", "--token", "--license")
     )

@@ -196,7 +196,7 @@ def test_no_comment_and_no_code_is_lost(generated):
     paths = sources()
     assert len(paths) > 1 and not {path.stem for path in paths} & {"__main__", "presets", "original", "sound_files"}
     for path in paths:
-        source = path.read_text()
+        source = re.sub(r"^(from \..*?)  # noqa: F401$", r"\1", path.read_text(), flags=re.MULTILINE)
         assert comments(source) <= comments(generated), path
         for node in ast.parse(source).body:
             if not isinstance(node, (ast.Import, ast.ImportFrom)) and node.col_offset == 0:
@@ -257,37 +257,36 @@ def check(pipe, code_version):
 
 
 """
-FOLDERS = """
-for code_version in "v1", "v2", "v1":
-    check(load(code_version), code_version)
-check(load("saved"), "v1")
-"""
 ONLINE = """
-for revision, code_version in zip(sys.argv[1:], ("v1", "v2")):
+for revision, code_version in zip(sys.argv[1:], ("v1", "v2.0")):
     pipe = load("alice/tango-v1.5", revision=revision, custom_revision=revision)
     check(pipe, code_version)
 pipe.push_to_hub("alice/pushed", token="hf_alice")
-check(load("alice/tango-v1.5"), "v2")
+check(load("alice/tango-v1.5"), "v2.0")
 folder = type(pipe).download("alice/pushed", cache_dir="cache")
 assert not Path(folder, "README.md").exists()  # only what it needs
-check(load(folder), "v2")
+check(load(folder), "v2.0")
 Path("folder.txt").write_text(str(folder))
 """
 OFFLINE = """
 folder = Path("folder.txt").read_text()
-check(load(folder), "v2")
-check(load("alice/tango-v1.5", code=folder), "v2")
+check(load(folder), "v2.0")
+check(load("alice/tango-v1.5", code=folder), "v2.0")
+for code_version in "v1", "v2.0", "v1":  # which the loader puts into one module
+    check(load(code_version), code_version)
+check(load("saved"), "v1")
 """
 
 
 @pytest.fixture(scope="module")
 def versions(tiny_folder, tmp_path_factory):
-    """A folder with two copies of `tiny_folder`, v1 and v2, whose code differs, and the waveform of both."""
+    """A folder with two copies of `tiny_folder`, v1 and v2.0, whose code differs, and the waveform of both."""
     place = tmp_path_factory.mktemp("versions")
-    for code_version in "v1", "v2":
+    for code_version in "v1", "v2.0":
         package = place / f"sources-{code_version}" / "pipeline_tango"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("tango_tiny", "__pycache__"))
         with (package / "single_file.py").open("a") as file:
+            # of another length: Python takes a file of the same length and second for the one that it has compiled
             file.write(f'\n\nCODE_VERSION = "{code_version}"\n')
         shutil.copytree(tiny_folder, place / code_version)
         (place / code_version / "pipeline.py").write_text(single_file(package / "pipeline_tango.py"))
@@ -303,16 +302,11 @@ def run(script, place, hub, *arguments, **environment):
     assert process.returncode == 0, process.stderr
 
 
-def test_two_folders_of_different_code_load_in_one_process(versions):
-    with Hub() as hub:
-        run(FOLDERS, versions, hub, HF_HUB_OFFLINE="1")
-
-
-def test_a_repo_loads_at_each_revision_and_without_a_network(versions):
+def test_repos_revisions_snapshots_and_folders_each_run_and_save_their_own_code(versions):
     repo = Repo(private=False)
     with Hub() as hub:
         hub.repos["alice/tango-v1.5"] = repo
-        for code_version in "v1", "v2":
+        for code_version in "v1", "v2.0":
             paths = [path for path in (versions / code_version).rglob("*") if path.is_file()]
             files = {
                 path.relative_to(versions / code_version).as_posix(): File(
