@@ -1,7 +1,6 @@
 """Upload a diffusers folder of a `TangoPipeline` to a Hub repo, with a model card and the pipeline's code."""
 
 import argparse
-import json
 import logging
 import math
 import re
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import pipeline_tango
+from pipeline_tango.json_files import read_json
 from pipeline_tango.single_file import single_file
 
 
@@ -186,19 +186,6 @@ def check_folder(folder):
                 f"{', '.join(sorted(dtypes))} and would load as what it says: remove that entry"
             )
     return files
-
-
-def read_json(path):
-    """The JSON object in `path`; a ValueError if there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def _read_header(path):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 
 
@@ -44,6 +45,12 @@ def golden(name):
 def original_checkpoint():
     """A small checkpoint folder in the original's released layout."""
     return GOLDENS / "original"
+
+
+@pytest.fixture
+def source(original_checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "source"))
 
 
 @pytest.fixture(scope="session")
