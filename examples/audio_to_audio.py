@@ -24,7 +24,7 @@ import torch
 from transformers.audio_utils import hertz_to_mel
 
 from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import split_band
+from pipeline_tango.seams import split_band
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pipeline_tango import TANGO_TINY, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH
+from pipeline_tango.mel import MEL_FFT_LENGTH
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
 from .arguments import program_name

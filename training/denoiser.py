@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline
-from pipeline_tango.pipeline_tango import NUM_MEL_BINS
+from pipeline_tango.mel import NUM_MEL_BINS
 
 from .run import shards_weights
 

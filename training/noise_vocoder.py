@@ -14,7 +14,7 @@ from torch.nn.functional import leaky_relu
 from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 
 
 SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, so that it is large beside the changes of one step of Adam

@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import Dataset
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.mel import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
 from .arguments import (

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 
 from .arguments import (
     add_checkpoint_arguments,

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_SAMPLING_RATE
+from pipeline_tango.mel import MEL_SAMPLING_RATE
 
 
 SPECTRUM_BANDS = {128: 8, 256: 16, 512: 40, 1024: 64, 2048: 80}  # window in samples: bands, of the energy distance

@@ -18,7 +18,7 @@ import torch
 
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
-from pipeline_tango.pipeline_tango import NUM_MEL_BINS
+from pipeline_tango.mel import NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
 
