@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 
 
@@ -19,6 +20,24 @@ from pipeline_tango import TangoPipeline  # noqa: E402
 
 # models this small only lose by sharing work between threads; and bytes can depend on the number of threads
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--allowed_skips", metavar="REGEX", help="fail if a test is skipped for any other reason")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    allowed = session.config.getoption("allowed_skips")
+    if allowed is None or hasattr(session.config, "workerinput"):
+        return
+    skips = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    refused = [skip for skip in skips if not re.search(allowed, str(skip.longrepr))]
+    for skip in refused:
+        print(f"\nskipped, which is not allowed here: {skip.nodeid}: {skip.longrepr[2]}")
+    if refused:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
 
