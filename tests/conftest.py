@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 
@@ -25,6 +26,44 @@ from pipeline_tango import SCHEDULERS, TangoPipeline  # noqa: E402
 
 # models this small only lose by sharing work between threads; and bytes can depend on the number of threads
 torch.set_num_threads(1)
+
+CONTRACT = {  # what .ci/contract runs with other versions of the libraries
+    "test_checks",
+    "test_convert_tango",
+    "test_input_audio",
+    "test_lora",
+    "test_main",
+    "test_original",
+    "test_pipeline_tango",
+    "test_publish",
+    "test_schedule",
+    "test_single_file",
+    "test_to_original",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in CONTRACT:
+            item.add_marker("contract")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--allowed_skips", metavar="REGEX", help="fail if a test is skipped for any other reason")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    allowed = session.config.getoption("allowed_skips")
+    if allowed is None or hasattr(session.config, "workerinput"):
+        return
+    skips = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    refused = [skip for skip in skips if not re.search(allowed, str(skip.longrepr))]
+    for skip in refused:
+        print(f"\nskipped, which is not allowed here: {skip.nodeid}: {skip.longrepr[2]}")
+    if refused:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
 RATE = 16000
