@@ -12,6 +12,7 @@ out, then on the Hub.
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
 
+from pipeline_tango.flags import POSITIVE, check_numbers
 from pipeline_tango.json_files import write_json
 from pipeline_tango.presets import SCHEDULER_NAMES
 
@@ -34,10 +36,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def convert_original(source, folder, args):
     """Write the diffusers folder of an original checkpoint."""
+    import torch
     from safetensors.torch import save_file
 
     from pipeline_tango import SCHEDULERS, TangoPipeline
-    from pipeline_tango.original import STFT_CONFIG, open_original, save_component
+    from pipeline_tango.original import STFT_CONFIG, TOKENIZER_FILES, open_original, save_component
 
     original = open_original(source, scaling_factor=args.scaling_factor)
     components = {
@@ -52,13 +55,17 @@ def convert_original(source, folder, args):
 
     write_json(folder / "original" / "main_config.json", original.main_config)
     write_json(folder / "original" / "stft_config.json", original.stft_config)
-    stft = {name: tensor.contiguous() for name, tensor in original.stft.items()}
+    (folder / "original" / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (original.text_encoder / name).is_file():
+            shutil.copyfile(original.text_encoder / name, folder / "original" / "tokenizer" / name)
+    stft = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in original.stft.items()}
     save_file(stft, folder / "original" / "stft.safetensors")
     notes = [
         f"UNet and text encoder come from `{original.files['unet'].name}`, VAE and vocoder from "
         f"`{original.files['vae'].name}`.",
-        "The tensors of the mel front end have been checked against their formulas. They are kept in `original/`, for "
-        "converting back only.",
+        "The tensors of the mel front end have been checked against their formulas. They and the tokenizer's files are "
+        "kept in `original/`, for converting back only.",
     ]
     if args.dtype:
         notes.append(f"Weights were cast to {args.dtype}.")
@@ -156,13 +163,14 @@ def parse_args(argv):
     )
     group.add_argument(
         "--scaling_factor",
-        type=float,
+        type=POSITIVE,
         help="of the VAE's latents (default: that of the source, else that of the AudioLDM family, 0.9228)",
     )
     group.add_argument("--license", help="licence of the weights, for the model card (default: the source card's)")
     group.add_argument("--push_to_hub", metavar="REPO", help="put the result on the Hub as well, as OWNER/NAME")
     group.add_argument("--private", action="store_true", help="make REPO a private one if it is created")
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
     if args.to_original and (args.scheduler or args.scaling_factor or args.license or args.push_to_hub):
         parser.error("--to_original takes no --scheduler, --scaling_factor, --license or --push_to_hub")
     return args
