@@ -64,8 +64,8 @@ def convert_original(source, folder, args):
     notes = [
         f"UNet and text encoder come from `{original.files['unet'].name}`, VAE and vocoder from "
         f"`{original.files['vae'].name}`.",
-        "The tensors of the mel front end have been checked against their formulas. They and the tokenizer's files are "
-        "kept in `original/`, for converting back only.",
+        "The tensors of the mel front end have been checked against their formulas. They and the tokenizer's files "
+        "are kept in `original/`, for converting back only.",
     ]
     if args.dtype:
         notes.append(f"Weights were cast to {args.dtype}.")

@@ -134,7 +134,7 @@ def find_manifest(folder):
 
 
 def sound_files(folder):
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SOUND_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SOUND_SUFFIXES and path.is_file())
 
 
 def check_ids(items, argument, source):
@@ -179,7 +179,7 @@ def read_records(path):
         for line in path.read_text("utf-8", "replace").splitlines():
             try:
                 record = json.loads(line)
-                records[record["file"]] = record
+                records[str(record["file"])] = dict(record)
             except (ValueError, KeyError, TypeError):
                 continue
     return records
