@@ -83,8 +83,8 @@ def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=No
         audio_root (`str` or `Path`, *optional*): what relative paths start from; by default the manifest's folder.
 
     Raises:
-        ValueError: naming file and line, if a line cannot be parsed, a column is missing, or a path or caption is
-            empty or no text.
+        ValueError: naming file and line, if a line cannot be parsed, a column is missing, a path is empty or no text,
+            or a caption is no text. Empty captions are left to `inspect_clips`.
         FileNotFoundError: if there is no such manifest.
     """
     path = Path(path)
@@ -101,8 +101,6 @@ def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=No
             captions = as_captions(record[find_column(record, caption_column, CAPTION_COLUMNS)])
             if not isinstance(location, str) or not location.strip():
                 raise ValueError(f"the path of the sound must be text, got {location!r:.80}")
-            if not has_caption(captions):
-                raise ValueError("a caption is empty")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}.") from None
         clips.append(Clip(os.path.join(root, location), captions))
@@ -150,6 +148,9 @@ def find_column(names, column, candidates):
 
 
 def as_captions(captions):
+    """A caption or a list of captions as a tuple, which is empty for what other programs write where there is none."""
+    if captions is None or isinstance(captions, float) and math.isnan(captions):
+        return ()
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"captions must be text or a list of texts, got {captions!r:.80}")

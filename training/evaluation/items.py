@@ -107,9 +107,10 @@ def read_items(source, argument, *, with_text=False, with_path=False):
         try:
             text = location = None
             if with_text or any(name in record for name in CAPTION_COLUMNS):
-                text = as_captions(record[find_column(record, None, CAPTION_COLUMNS)])[0]
-                if not text.strip():
+                texts = as_captions(record[find_column(record, None, CAPTION_COLUMNS)])
+                if not texts or not texts[0].strip():
                     raise ValueError("the caption is empty")
+                text = texts[0]
             if with_path or any(name in record for name in AUDIO_COLUMNS):
                 location = record[find_column(record, None, AUDIO_COLUMNS)]
                 if not isinstance(location, str) or not location.strip():
@@ -121,7 +122,7 @@ def read_items(source, argument, *, with_text=False, with_path=False):
                 id = Path(location).stem if location else f"{number:05d}"
             if not id or "/" in id or "\\" in id or "\0" in id or id.startswith(".") or len(id) > 200:
                 raise ValueError(f"the id must be valid in a file name, got {id!r:.80}")
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"--{argument}: {path}, line {number}: {error}") from None
         items.append(Item(id, text, location and os.path.join(path.parent, location), record))
     return check_ids(items, argument, source)
