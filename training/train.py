@@ -46,7 +46,7 @@ from .denoiser import (
 )
 from .latents import Encoders, cache_dataset
 from .mixing import augment
-from .model_card import copy_sounds, write_card
+from .model_card import base_model, copy_sounds, write_card
 from .objective import (
     check_scheduler,
     diffusion_loss,
@@ -356,8 +356,7 @@ def save_result(args, accelerator, pipe, model, name, summary):
         "tags": ["tango", "text-to-audio", *(["lora"] if args.lora_rank else [])],
     }
     base = args.pretrained_model_name_or_path
-    if base and not Path(base).exists():
-        metadata["base_model"] = base
+    metadata |= base_model(base)
     about = f"Trained with `training.train` of pipeline-tango{f', starting from `{base}`' if base else ''}."
     code = "from pipeline_tango import TangoPipeline\n\npipe = TangoPipeline.from_pretrained("
     with replacing(Path(args.output_dir) / name) as folder:
@@ -439,7 +438,9 @@ def train(args):
         for name in ("seed", "train_batch_size", "gradient_accumulation_steps", "augment", "crop", "snr_gamma")
     } | {"num_clips": len(train_clips), "num_processes": accelerator.num_processes, "num_steps": num_steps}
     first_step = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, settings)
-    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango")
+    log = open_log(
+        accelerator, output_dir, args, first_step, "pipeline-tango", ("best", "lora" if args.lora_rank else "model")
+    )
     loader = step_loader(
         dataset,
         accelerator,

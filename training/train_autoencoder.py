@@ -41,7 +41,7 @@ from .batches import keyed_generator, shared_indices, step_loader
 from .data import ClipDataset, count_samples, prepare_clips, select_clips
 from .latents import vae_factor
 from .linear_autoencoder import can_initialise, initialise
-from .model_card import write_card
+from .model_card import base_model, write_card
 from .objective import reconstruction_error, sample_noise
 from .run import (
     averaged,
@@ -386,7 +386,7 @@ def save_result(args, accelerator, vae, dataset, name, summary):
         write_card(
             folder,
             args,
-            {"library_name": "diffusers", "tags": ["tango", "vae"], "base_model": args.pretrained_model_name_or_path},
+            {"library_name": "diffusers", "tags": ["tango", "vae"], **base_model(args.pretrained_model_name_or_path)},
             "VAE of log-mel spectrograms, trained with `training.train_autoencoder` of pipeline-tango.",
             'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("THIS_FOLDER_OR_REPO")',
             summary,

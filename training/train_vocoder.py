@@ -47,7 +47,7 @@ from .arguments import (
 from .batches import keyed_generator, shared_indices, step_loader
 from .data import is_silent, normalise, prepare_clips, read_waveform
 from .latents import draw_latents, vae_factor
-from .model_card import write_card
+from .model_card import base_model, write_card
 from .noise_vocoder import initialise
 from .objective import reconstruction_error, sample_noise
 from .run import (
@@ -471,7 +471,8 @@ def save_result(args, vocoder, vae, summary):
         write_card(
             folder,
             args,
-            {"library_name": "transformers", "pipeline_tag": "audio-to-audio", "tags": ["vocoder", "hifigan"]},
+            {"library_name": "transformers", "pipeline_tag": "audio-to-audio", "tags": ["vocoder", "hifigan"]}
+            | base_model(args.pretrained_model_name_or_path),
             "A vocoder for 64-bin log-mel spectrograms at 16 kHz, trained with `training.train_vocoder` of "
             "pipeline-tango.",
             "from transformers import SpeechT5HifiGan\n\n"
@@ -481,6 +482,15 @@ def save_result(args, vocoder, vae, summary):
     if args.train_decoder:
         with replacing(Path(args.output_dir) / "vae") as folder:
             vae.save_pretrained(folder)
+            write_card(
+                folder,
+                args,
+                {"library_name": "diffusers", "tags": ["tango", "vae"], **base_model(args.vae)},
+                "VAE of log-mel spectrograms, whose decoder was trained together with a vocoder by "
+                "`training.train_vocoder` of pipeline-tango.",
+                'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("THIS_FOLDER_OR_REPO")',
+                summary,
+            )
 
 
 # Training
@@ -582,7 +592,8 @@ def train(args):
     settings = {name: getattr(args, name) for name in names}
     settings |= {"num_clips": len(train_clips), "num_processes": accelerator.num_processes}
     first_step = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, settings)
-    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango")
+    results = ("model", "vae") if args.train_decoder else ("model",)
+    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango", results)
     loader = step_loader(
         dataset, accelerator, range(first_step, num_steps), seed=args.seed, batch_size=args.train_batch_size
     )
