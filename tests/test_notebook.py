@@ -19,8 +19,9 @@ def test_the_quickstart_runs_and_its_lora_brings_the_sound_nearer_to_the_recordi
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     data = [output["data"] for output in outputs if output.output_type == "display_data"]
-    assert sum("<audio" in each.get("text/html", "") for each in data) == sum("image/png" in each for each in data) == 7
+    assert (
+        sum("<audio" in each.get("text/html", "") for each in data) == sum("image/png" in each for each in data) == 7
+    )
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    print(printed)
     before, half, whole = map(float, re.findall(r"recording (\d+\.\d+) nepers", printed))
     assert whole < before and half < before
