@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 
 
@@ -9,9 +10,11 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from evaluation_runs import write_recordings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from savedmodel import random_weights, write_yamnet  # noqa: E402
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
 
 from pipeline_tango import TangoPipeline  # noqa: E402
@@ -33,6 +36,12 @@ def golden(name):
 def original_checkpoint():
     """A small checkpoint folder in the original's released layout."""
     return GOLDENS / "original"
+
+
+@pytest.fixture
+def source(original_checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "source"))
 
 
 @pytest.fixture(scope="session")
@@ -151,3 +160,38 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tango"
     TangoPipeline(**build_components()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_folder(tmp_path_factory):
+    """As `tiny_folder`, with clips of 0.32 s. Shared by the session: never write into it."""
+    folder = tmp_path_factory.mktemp("short") / "tango"
+    TangoPipeline(**build_components(), default_audio_length_in_s=0.32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def yamnet_folder(tmp_path_factory):
+    """YAMNet with random weights. Shared by the session: never write into it."""
+    return write_yamnet(tmp_path_factory.mktemp("yamnet") / "yamnet_base", random_weights())
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    """Manifest of `write_recordings`. Shared by the session: never write beside it."""
+    return write_recordings(tmp_path_factory.mktemp("recordings"))
+
+
+@pytest.fixture
+def measure(yamnet_folder, recordings, tmp_path):
+    """Run `training.evaluate` with the flags that all runs have in common."""
+    from training.evaluate import main
+
+    def run(*flags, output="out", status=0, references=recordings):
+        PartialState._reset_state()
+        flags = [*flags, f"--output_dir={tmp_path / output}", f"--yamnet_weights={yamnet_folder}"]
+        flags += [f"--references={references}"] if references else []
+        assert main([str(flag) for flag in [*flags, "--num_resamples=20", "--device=cpu"]]) == status
+        return tmp_path / output
+
+    return run

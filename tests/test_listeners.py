@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from training.listeners import Yamnet, load_listener, read_tensor_bundle
+from training.evaluation.listeners import Yamnet, load_listener, read_tensor_bundle
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,11 +27,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def weights():
     return random_weights()
-
-
-@pytest.fixture(scope="module")
-def yamnet_folder(weights, tmp_path_factory):
-    return write_yamnet(tmp_path_factory.mktemp("yamnet") / "yamnet_base", weights)
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
-from pipeline_tango.pipeline_tango import (
-    blend_windows,
-    fill_by_mirror,
-    find_regions,
-    join_at_seams,
-    read_clips,
-    read_masks,
-    scale_spectrum,
-    split_band,
-    texts_at,
-    window_starts,
-)
+from pipeline_tango.input_audio import fill_by_mirror, find_regions, read_clips, read_masks
+from pipeline_tango.prompts import texts_at
+from pipeline_tango.seams import join_at_seams, scale_spectrum, split_band
+from pipeline_tango.windows import blend_windows, window_starts
 
 
 RATE = 16000

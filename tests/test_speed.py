@@ -12,7 +12,7 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline, pipeline_tango
+from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline, attention
 
 
 MOVING = [(0.0, "rain"), (0.6, "dog")]
@@ -448,7 +448,7 @@ def attend_in_blocks(pipe):
 
 @pytest.mark.parametrize("max_scores", [1, 700, 2**22])  # single queries, a last block that is shorter, one block
 def test_blocks_attend_as_the_whole(pipe, monkeypatch, max_scores):
-    monkeypatch.setattr(pipeline_tango, "MAX_BLOCK_SCORES", max_scores)
+    monkeypatch.setattr(attention, "MAX_BLOCK_SCORES", max_scores)
     expected = latents_of(pipe, ["rain", "a dog barks"])
     pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
     expected_with_lora = latents_of(pipe, ["rain", "a dog barks"])

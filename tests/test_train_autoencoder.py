@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from convert.convert_tango import vae_original_config
+from convert.to_original import vae_original_config
 from pipeline_tango import log_mel_spectrogram
 from training.data import ClipDataset, read_manifest
 from training.train_autoencoder import (

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from pipeline_tango import TANGO_TINY, TangoPipeline, log_mel_spectrogram
 from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH
 from pipeline_tango.sound_files import encode_wav, write_atomically
-from training.data import normalise, read_manifest, read_waveform
+
+from .data import normalise, read_manifest, read_waveform
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@
 
 import csv
 import functools
-import hashlib
 import io
 import json
 import math
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from scipy.signal import resample_poly
 from tqdm.auto import tqdm
 
@@ -420,89 +416,3 @@ class ClipDataset(torch.utils.data.Dataset):
         except ValueError as error:
             raise ValueError(f"{clip.path}: {error}") from None
         return {"waveform": waveform, "caption": caption, "index": index, "epoch": epoch}
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Keys `(epoch, index)` of one epoch, in an order that depends on `(seed, epoch)` alone.
-
-    Args:
-        start (`int`): number of keys to leave out: those already trained on before a resume, over all processes.
-
-    `epoch` and `start` may be set between epochs. There is deliberately no `set_epoch`: accelerate would call it with
-    its own count, which begins at 0 after a resume.
-    """
-
-    def __init__(self, num_clips, *, seed=0, epoch=0, start=0, shuffle=True):
-        self.num_clips = num_clips
-        self.seed = seed
-        self.epoch = epoch
-        self.start = start
-        self.shuffle = shuffle
-
-    def __len__(self):
-        return max(self.num_clips - self.start, 0)
-
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch, self.num_clips])  # no clip's stream: index < num_clips
-        order = rng.permutation(self.num_clips) if self.shuffle else np.arange(self.num_clips)
-        return iter([(self.epoch, int(index)) for index in order[self.start :]])
-
-
-# Cache
-
-
-def cache_key(content, settings):
-    """Hash of a sound or text and of all that its cached tensors depend on.
-
-    Args:
-        content (`Clip` or `bytes`): of a clip the bytes of its file count and not the name. They are read at every
-            call, since times and sizes can lie: ask once per run.
-        settings (`dict`): anything JSON can hold.
-    """
-    digest = hashlib.sha256(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest())
-    with io.BytesIO(content) if isinstance(content, bytes) else content.open() as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-class LatentCache:
-    """Tensors by `cache_key`, a safetensors file each, in a folder that any number of processes may share.
-
-    A file appears under its name only when it is complete. One that is damaged or was made for another key counts as
-    absent.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def path(self, key):
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def get(self, key):
-        """The tensors put under `key`, or None."""
-        try:
-            with safe_open(self.path(key), framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return {name: file.get_tensor(name) for name in file.keys()}
-        except (FileNotFoundError, SafetensorError):
-            pass
-        return None
-
-    def put(self, key, tensors):
-        """Store a `dict[str, torch.Tensor]`, in place of any that `key` had."""
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"key": key})
-        partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the name without the data
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def __contains__(self, key):
-        return self.get(key) is not None

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline_tango.sound_files import encode_wav, write_atomically
-from training.data import Clip, read_waveform, select_clips
-from training.generation import read_generated, read_items
-from training.measuring import set_level, sort_out
-from training.metrics import interval, probability_better, resample
-from training.train import run
+
+from .data import Clip, read_waveform, select_clips
+from .evaluation.items import find_readable, read_generated, read_items
+from .evaluation.measuring import set_level
+from .evaluation.metrics import interval, probability_better, resample
+from .run import run
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def build(args):
         known = set(texts) or {item.id for each in sounds.values() for item in each.values()}
         items = read_generated(source, known) if is_folder else read_items(source, "system", with_path=True)
         problems = []
-        items = sort_out([item for item in items if item.take == 1], name, problems, keep_silent=True)
+        items = find_readable([item for item in items if item.take == 1], name, problems, keep_silent=True)
         for problem in problems:
             logger.warning(f"{name}: {problem['path']}: {problem['reason']}")
         sounds[name] = {item.id: item for item in items}

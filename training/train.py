@@ -15,10 +15,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -29,18 +27,17 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline, log_mel_spectrogram
 from pipeline_tango.pipeline_tango import NUM_MEL_BINS
 from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
-from training.data import (
+
+from .batches import StepSampler, ignore_sigterm, keyed_generator, list_of_items
+from .data import (
     ClipDataset,
-    EpochSampler,
-    LatentCache,
-    cache_key,
     format_report,
     inspect_clips,
     read_dataset,
@@ -48,8 +45,9 @@ from training.data import (
     select_clips,
     write_report,
 )
-from training.mixing import augment
-from training.objective import (
+from .latents import CachedDataset, LatentCache, cache_key, fingerprint
+from .mixing import augment
+from .objective import (
     check_scheduler,
     diffusion_loss,
     diffusion_target,
@@ -60,6 +58,7 @@ from training.objective import (
     sample_timesteps,
     snr,
 )
+from .run import Log, load_checkpoint, read_log, replacing, run, save_checkpoint
 
 
 logger = get_logger(__name__)
@@ -248,13 +247,6 @@ def parse_args(argv=None):
     return args
 
 
-def keyed_generator(*key):
-    """A torch.Generator that depends on nothing but `key` (non-negative integers)."""
-    # with its length, since SeedSequence takes (0, 1) and (0, 1, 0) for the same
-    state = np.random.SeedSequence([len(key), *key]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
-
-
 def load_pipeline(args, weight_dtype):
     """The pipeline to start from, with the scheduler to save it with: `weight_dtype` where weights are large and stay
     frozen, else float32, which costs the VAE little and the latents nothing."""
@@ -313,72 +305,6 @@ class Denoiser(torch.nn.Module):
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
         return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
-
-
-class StepSampler:
-    """Keys `(epoch, index)` of the clips of each accumulation step of one process, from `first_step` on.
-
-    All epochs are one stream, each in an order of its own, and optimizer step n takes the n-th stretch of it.
-    A batch may therefore straddle two epochs; none is ever smaller.
-    """
-
-    def __init__(self, num_clips, args, accelerator, first_step, num_steps):
-        self.num_clips, self.seed = num_clips, args.seed
-        self.batch_size, self.num_micro_steps = args.train_batch_size, args.gradient_accumulation_steps
-        self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
-        self.first_step, self.num_steps = first_step, num_steps
-
-    def __len__(self):
-        return (self.num_steps - self.first_step) * self.num_micro_steps
-
-    def __iter__(self):
-        epoch, order = -1, None
-        sampler = EpochSampler(self.num_clips, seed=self.seed)
-        for micro_step in range(self.first_step * self.num_micro_steps, self.num_steps * self.num_micro_steps):
-            first = (micro_step * self.num_processes + self.rank) * self.batch_size
-            keys = []
-            for position in range(first, first + self.batch_size):
-                if position // self.num_clips != epoch:
-                    sampler.epoch = epoch = position // self.num_clips
-                    order = list(sampler)
-                keys.append(order[position % self.num_clips])
-            yield keys
-
-
-class CachedDataset(Dataset):
-    """Clips as a `LatentCache` holds them: posterior moments instead of waveforms and, unless the text encoder
-    trains, text states beside captions."""
-
-    def __init__(self, clips, cache, keys, seed):
-        self.clips, self.cache, self.keys, self.seed = clips, cache, keys, seed
-
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        tensors = self.cache.get(self.keys[index])
-        if tensors is None:
-            raise RuntimeError(f"the cache lost {self.clips[index].path}: start again to fill it")
-        captions = self.clips[index].captions
-        caption = np.random.default_rng([self.seed, epoch, index]).integers(len(captions))
-        return {
-            "moments": tensors["moments"],
-            "caption": captions[caption],
-            "text_states": tensors.get(f"text_states.{caption}"),
-            "epoch": epoch,
-            "index": index,
-        }
-
-
-def list_of_items(items):
-    """Collate function: the captions, text states and waveforms of a batch differ in length and stay apart."""
-    return {name: [item[name] for item in items] for name in items[0]}
-
-
-def ignore_sigterm(worker):
-    """For workers: a signal to the whole process group must not take them from under the loop that is to finish."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Latents:
@@ -483,103 +409,6 @@ def fill_cache(args, accelerator, latents, dataset, cache):
     return keys
 
 
-def fingerprint(model):
-    """Sums of a model's weights: enough to tell one checkpoint from another."""
-    return [f"{float(p.detach().double().sum()):.12e}" for p in list(model.parameters())[::7]]
-
-
-def save_checkpoint(args, accelerator, step, settings):
-    """Write `checkpoint-<step>` such that a folder of that name is always complete."""
-    folder = Path(args.output_dir)
-    partial, final = folder / f".checkpoint-{step}.partial", folder / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        for leftover in folder.glob(".checkpoint-*.partial"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "trainer_state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2))
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        logger.info(f"saved {final}")
-        if args.checkpoints_total_limit:
-            for old in find_checkpoints(folder)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def find_checkpoints(folder):
-    """Complete checkpoints, oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def load_checkpoint(args, accelerator, settings):
-    """Step to go on from: 0 without a checkpoint. Checkpoints of an earlier run are never written over."""
-    if not args.resume_from_checkpoint:
-        if find_checkpoints(args.output_dir):
-            raise ValueError(
-                f"`--output_dir`: {args.output_dir} holds the checkpoints of another run. Give another folder, or go "
-                "on with --resume_from_checkpoint latest"
-            )
-        return 0
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = find_checkpoints(args.output_dir)
-        if not checkpoints:
-            logger.info(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
-            return 0
-        checkpoint = checkpoints[-1]
-    else:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise ValueError(f"`--resume_from_checkpoint`: {checkpoint} is no complete checkpoint")
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            logger.warning(f"--{name} was {state['settings'].get(name)!r} in {checkpoint}, now {value!r}")
-    accelerator.load_state(str(checkpoint))
-    logger.info(f"resumed from {checkpoint}")
-    return state["step"]
-
-
-class Log:
-    """`log.jsonl` in the output folder, one JSON object for each step and validation, and the same to read in
-    `log.txt`. A resumed run takes up where its checkpoint was."""
-
-    def __init__(self, path, step, accelerator):
-        self.path, self.accelerator = path, accelerator
-        if accelerator.is_main_process:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(kept).encode())
-            write_atomically(
-                path.with_suffix(".txt"), "".join(self.as_text(json.loads(line)) for line in kept).encode()
-            )
-        accelerator.wait_for_everyone()  # before another process reads what is kept
-
-    @staticmethod
-    def as_text(entry):
-        figures = "  ".join(f"{name} {value}" for name, value in entry.items() if name != "step")
-        return f"step {entry['step']:7d}  {figures}\n"
-
-    def write(self, step, **values):
-        self.accelerator.log(
-            {name: value for name, value in values.items() if isinstance(value, (int, float))}, step=step
-        )
-        if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            with open(self.path.with_suffix(".txt"), "a") as file:
-                file.write(self.as_text({"step": step, **values}))
-
-
 @torch.no_grad()
 def validate(args, accelerator, model, scheduler, latents, dataset):
     """Mean loss over clips and timesteps, with the same noise at the same timesteps every time.
@@ -646,23 +475,6 @@ def make_sounds(args, accelerator, pipe, step):
 
                 tracker.log({prompt: wandb.Audio(audio, sample_rate=sampling_rate, caption=prompt)}, step=step)
     pipe.unet.train()
-
-
-@contextmanager
-def replacing(final):
-    """A new folder to fill, which takes the place of the folder `final` when it is complete."""
-    partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
-    for leftover in (partial, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    yield partial
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    if old.exists():
-        shutil.rmtree(old)
-    logger.info(f"saved {final}")
 
 
 def save_result(args, accelerator, pipe, model, name, summary):
@@ -1054,21 +866,6 @@ def checkpoint_trained_weights_only(accelerator):
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def read_log(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def run(train, args):
-    """Exit status of `train(args)`; what the user can mend is one line on standard error."""
-    try:
-        return train(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
 
 
 def main(argv=None):

@@ -32,26 +32,13 @@ from tqdm import tqdm
 from pipeline_tango import log_mel_spectrogram
 from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
-from training.data import ClipDataset, count_samples, select_clips
-from training.linear_autoencoder import can_initialise, initialise
-from training.objective import sample_noise
-from training.train import (
-    LR_SCHEDULERS,
-    Log,
-    StepSampler,
-    add_checkpoint_arguments,
-    add_data_arguments,
-    check_arguments,
-    ignore_sigterm,
-    keyed_generator,
-    list_of_items,
-    load_checkpoint,
-    prepare_clips,
-    read_log,
-    replacing,
-    run,
-    save_checkpoint,
-)
+
+from .batches import StepSampler, ignore_sigterm, keyed_generator, list_of_items
+from .data import ClipDataset, count_samples, select_clips
+from .linear_autoencoder import can_initialise, initialise
+from .objective import sample_noise
+from .run import Log, load_checkpoint, read_log, replacing, run, save_checkpoint
+from .train import LR_SCHEDULERS, add_checkpoint_arguments, add_data_arguments, check_arguments, prepare_clips
 
 
 logger = get_logger(__name__)

@@ -15,8 +15,8 @@ import torch
 from accelerate import PartialState
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from training.data import read_manifest
-from training.train import replacing, run
+from .data import read_manifest
+from .run import replacing, run
 
 
 # narrow and shallow: 1.5 million parameters beside the embeddings

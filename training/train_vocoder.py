@@ -41,25 +41,14 @@ from transformers.audio_utils import mel_filter_bank
 from pipeline_tango import log_mel_spectrogram
 from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
-from training.data import is_silent, normalise, read_waveform
-from training.noise_vocoder import initialise
-from training.objective import sample_noise
-from training.train import (
-    LR_SCHEDULERS,
-    Log,
-    StepSampler,
-    add_checkpoint_arguments,
-    add_data_arguments,
-    check_arguments,
-    keyed_generator,
-    list_of_items,
-    load_checkpoint,
-    prepare_clips,
-    replacing,
-    run,
-    save_checkpoint,
-)
-from training.train_autoencoder import add_pool_argument, reconstruction_error, vae_factor
+
+from .batches import StepSampler, keyed_generator, list_of_items
+from .data import is_silent, normalise, read_waveform
+from .noise_vocoder import initialise
+from .objective import sample_noise
+from .run import Log, load_checkpoint, replacing, run, save_checkpoint
+from .train import LR_SCHEDULERS, add_checkpoint_arguments, add_data_arguments, check_arguments, prepare_clips
+from .train_autoencoder import add_pool_argument, reconstruction_error, vae_factor
 
 
 logger = get_logger(__name__)
