@@ -1,5 +1,3 @@
-from argparse import Namespace
-
 import torch
 
 from training.batches import EpochSampler, StepSampler, keyed_generator
@@ -16,17 +14,17 @@ def test_each_epoch_takes_every_clip_once_however_many_processes():
     class Accelerator:
         num_processes = 3
 
-    args = Namespace(seed=0, train_batch_size=2, gradient_accumulation_steps=2)
+    options = {"seed": 0, "batch_size": 2, "num_micro_steps": 2}
     parts = []
     for rank in range(3):
         Accelerator.process_index = rank
-        parts.append(list(StepSampler(7, args, Accelerator, 0, 14)))
+        parts.append(list(StepSampler(7, Accelerator, 0, 14, **options)))
     keys = [key for micro_step in zip(*parts) for batch in micro_step for key in batch]
     assert len(keys) == 14 * 12
     for epoch in range(len(keys) // 7):
         assert sorted(keys[7 * epoch : 7 * epoch + 7]) == [(epoch, index) for index in range(7)]
     Accelerator.process_index = 1
-    assert list(StepSampler(7, args, Accelerator, 5, 14)) == parts[1][10:]
+    assert list(StepSampler(7, Accelerator, 5, 14, **options)) == parts[1][10:]
 
 
 def test_generators_depend_on_every_part_of_their_key():

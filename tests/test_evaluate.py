@@ -52,8 +52,8 @@ def test_a_wrong_argument_is_named(flags, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--num_inference_steps=1000",), "--num_inference_steps: 1000 does not go with own"),
-        (("--group_by=colour",), "--group_by: nothing to tell groups of 'colour' by"),
+        (("--num_inference_steps=1000",), "--num_inference_steps: 1000 is not supported by the scheduler own"),
+        (("--group_by=colour",), "--group_by: 'colour' applies to no entry of --prompts or --references"),
         (("--generated=nowhere",), "--generated: no folder nowhere"),
         (("--yamnet_weights=nowhere",), "no variables/variables.index of YAMNet in nowhere"),
         (("--listener=clap", "--clap_weights=nowhere"), "no weights for clap in nowhere"),

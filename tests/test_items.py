@@ -31,7 +31,7 @@ def test_prompts_are_read_from_every_kind_of_list(tmp_path):
         ('{"captions": []}', "line 1"),
         ('{"x": 1}', "line 1: none of the columns"),
         ('{"id": "a", "captions": "b"}\n{"id": "A", "captions": "c"}', "the id 'a' more than once"),
-        ('{"id": "a/b", "captions": "c"}', "good as a file name"),
+        ('{"id": "a/b", "captions": "c"}', "valid in a file name"),
         ("", "nothing in"),
     ],
 )

@@ -218,7 +218,7 @@ def test_sigterm_writes_a_checkpoint_and_leaves_cleanly(arguments, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert "go on with --resume_from_checkpoint latest" in stderr
+    assert "resume with --resume_from_checkpoint latest" in stderr
     [checkpoint] = tmp_path.glob("checkpoint-*")
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == len(losses(tmp_path))
 

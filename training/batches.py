@@ -1,10 +1,15 @@
-"""Which clips make up which step, and the generators of everything random, keyed by what it is for."""
+"""Which clips make up which step, and random generators keyed by the seed and by what is drawn.
+
+No draw comes from a running stream. So a run that was killed and resumed does exactly what an unbroken one does, and a
+batch is the same however it is spread over processes and accumulation steps.
+"""
 
 import signal
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
 
 
 def keyed_generator(*key):
@@ -43,13 +48,18 @@ class EpochSampler(Sampler):
 class StepSampler:
     """Keys `(epoch, index)` of the clips of each accumulation step of one process, from `first_step` on.
 
-    All epochs are one stream, each in an order of its own, and optimizer step n takes the n-th stretch of it.
+    All epochs are one sequence, each in an order of its own, and optimizer step n takes the n-th section of it.
     A batch may therefore straddle two epochs; none is ever smaller.
+
+    Args:
+        first_step, num_steps (`int`): in optimizer steps.
+        batch_size (`int`): clips per process and accumulation step.
+        num_micro_steps (`int`, *optional*, defaults to 1): accumulation steps in an optimizer step.
     """
 
-    def __init__(self, num_clips, args, accelerator, first_step, num_steps):
-        self.num_clips, self.seed = num_clips, args.seed
-        self.batch_size, self.num_micro_steps = args.train_batch_size, args.gradient_accumulation_steps
+    def __init__(self, num_clips, accelerator, first_step, num_steps, *, seed, batch_size, num_micro_steps=1):
+        self.num_clips, self.seed = num_clips, seed
+        self.batch_size, self.num_micro_steps = batch_size, num_micro_steps
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.first_step, self.num_steps = first_step, num_steps
 
@@ -70,11 +80,37 @@ class StepSampler:
             yield keys
 
 
+def step_loader(dataset, accelerator, steps, num_workers=0, *, seed, batch_size, num_micro_steps=1):
+    """Batches of a data set, as dicts of lists, for the optimizer steps in the `range` `steps`: see `StepSampler`."""
+    sampler = StepSampler(
+        len(dataset),
+        accelerator,
+        steps.start,
+        steps.stop,
+        seed=seed,
+        batch_size=batch_size,
+        num_micro_steps=num_micro_steps,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=list_of_items,
+        num_workers=num_workers,
+        worker_init_fn=ignore_sigterm,
+    )
+
+
 def list_of_items(items):
-    """Collate function: the captions, text states and waveforms of a batch differ in length and stay apart."""
+    """Collate function: captions, text states and waveforms of a batch differ in length and are not stacked."""
     return {name: [item[name] for item in items] for name in items[0]}
 
 
 def ignore_sigterm(worker):
-    """For workers: a signal to the whole process group must not take them from under the loop that is to finish."""
+    """For workers: a signal to the whole process group must not end them before the training loop has finished."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def shared_indices(accelerator, num_items, what, leave=False):
+    """This process's share of the indices of so many items, under a progress bar."""
+    indices = range(accelerator.process_index, num_items, accelerator.num_processes)
+    return tqdm(indices, desc=what, unit="clip", leave=leave, disable=not accelerator.is_local_main_process)

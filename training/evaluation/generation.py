@@ -80,7 +80,9 @@ def check_schedulers(models, schedulers, num_inference_steps):
                     if float(scheduler.timesteps.max()) > scheduler.config.num_train_timesteps - 1:
                         raise ValueError("it would start beyond the last timestep of training")
                 except (ValueError, IndexError) as error:
-                    raise ValueError(f"--num_inference_steps: {steps} does not go with {name} ({error})") from None
+                    raise ValueError(
+                        f"--num_inference_steps: {steps} is not supported by the scheduler {name} ({error})"
+                    ) from None
 
 
 def generate(systems, prompts, settings, state, device):

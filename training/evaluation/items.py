@@ -120,7 +120,7 @@ def read_items(source, argument, *, with_text=False, with_path=False):
             else:
                 id = Path(location).stem if location else f"{number:05d}"
             if not id or "/" in id or "\\" in id or "\0" in id or id.startswith(".") or len(id) > 200:
-                raise ValueError(f"the id must be good as a file name, got {id!r:.80}")
+                raise ValueError(f"the id must be valid in a file name, got {id!r:.80}")
         except (ValueError, IndexError) as error:
             raise ValueError(f"--{argument}: {path}, line {number}: {error}") from None
         items.append(Item(id, text, location and os.path.join(path.parent, location), record))

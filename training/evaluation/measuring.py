@@ -50,7 +50,7 @@ class FeatureExtractor:
         listener, features = self.listeners[name], []
         settings = {"listener": name, "checksum": listener.checksum, "level": self.level}
         settings |= {"max_length_in_s": self.max_length_in_s, "sampling_rate": listener.sampling_rate}
-        for item in tqdm(items, desc=f"{name} listens", unit="sound", leave=False, disable=None):
+        for item in tqdm(items, desc=name, unit="sound", leave=False, disable=None):
             clip = Clip(item.path, ())
             key = cache_key(clip, settings)
             tensors = self.cache.get(key)

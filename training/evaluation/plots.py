@@ -59,7 +59,7 @@ def draw_plots(tables, listener, rank_by, folder):
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(fontsize=8)
-        canvas.suptitle(f"{heading}, heard by {listener}")
+        canvas.suptitle(f"{heading}, measured by {listener}")
         content = io.BytesIO()
         canvas.savefig(content, format="png", dpi=120)
         path = Path(folder) / f"{metric}_{listener}.png"
@@ -98,7 +98,7 @@ def draw_candidates(axes, ranked, rank_by):
     for system in dict.fromkeys(row["system"] for row in ranked):
         line = [row | {"n": int(row["num_candidates"])} for row in ranked if row["system"] == system]
         draw_line(axes, line, "n", system)
-    axes.set_xlabel(f"Takes to choose from (by {rank_by})")
+    axes.set_xlabel(f"Number of candidates (ranked by {rank_by})")
     axes.set_xticks(sorted({int(row["num_candidates"]) for row in ranked}))
 
 

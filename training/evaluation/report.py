@@ -1,4 +1,4 @@
-"""Tables of figures: rows for CSV files, and `results.md` with everything that tells how they came about."""
+"""Tables of figures: CSV files, and `results.md` with the settings that they were computed with."""
 
 import csv
 import io
@@ -89,7 +89,7 @@ def as_csv(rows):
 
 
 def describe_run(tables, systems, extractor, settings, *, prompts, references, batch_size, num_problems):
-    """List of how the figures were computed, in Markdown.
+    """The settings that the figures were computed with, as a list in Markdown.
 
     Args:
         extractor (`FeatureExtractor`), settings (`MetricSettings`): as the figures were computed with.
@@ -102,20 +102,27 @@ def describe_run(tables, systems, extractor, settings, *, prompts, references, b
     lines += [f"- Prompts: {prompts or 'none'}. References: {references or 'none'}."]
     for name, listener in extractor.listeners.items():
         lines += [f"- `{name}`: weights {Path(listener.weights).name}, sha256 `{listener.checksum[:16]}`."]
-    level = "all at the same peak" if extractor.level == "peak" else "at its own level"
-    lines += [f"- Heard: the first {extractor.max_length_in_s:g} s of each, {level}."]
+    level = "scaled to the same peak" if extractor.level == "peak" else "at its own level"
+    lines += [f"- Input of the listeners: the first {extractor.max_length_in_s:g} s of each sound, {level}."]
     lines += [
         f"- In brackets: {100 * tables.confidence:g}% bootstrap intervals, {settings.num_resamples} resamples of "
-        "prompts and of references. Distances and KL: lower is better. The others: higher is better."
+        "prompts and of references. Distances and KL: lower is better. The other metrics: higher is better."
     ]
     results = tables.rows["results"]
     if any(row["metric"] == "recall" for row in results):
-        lines += [f"- Class recall: a label of the prompt is among the {settings.recall_k} classes heard most."]
+        lines += [
+            "- Class recall: share of the sounds for which a label of the prompt is among the "
+            f"{settings.recall_k} most probable classes."
+        ]
     if any(row["seconds_per_clip"] for row in results):
         devices = ", ".join(sorted({each for system in systems for each in system.devices}))
-        lines += [f"- Seconds per clip: the median, on {devices}, in batches of {batch_size}, without loading."]
+        lines += [
+            f"- Seconds per clip: median compute time on {devices}, in batches of {batch_size}, without loading."
+        ]
     if num_problems:
-        lines += [f"- {num_problems} sounds, prompts or references are unpaired or broken: `problems.json`."]
+        lines += [
+            f"- {num_problems} sounds, prompts or references are unpaired, unreadable or silent: `problems.json`."
+        ]
     return lines
 
 
@@ -129,18 +136,19 @@ def as_markdown(tables, description, listeners, rank_by, pictures, command):
         pictures (`dict[str, list[Path]]`): plots by listener, beside the text.
         command (`str`): the command line.
     """
-    lines = ["# Measured sounds", "", *description]
+    lines = ["# Evaluation", "", *description]
     for listener in listeners:
-        lines += markdown_table(tables, "results", listener, f"Heard by {listener}", ["system"])
+        lines += markdown_table(tables, "results", listener, f"Measured by {listener}", ["system"])
         lines += [f"![{path.stem}]({path.name})\n" for path in pictures.get(listener, [])]
-        title = f"By group, heard by {listener}"
+        title = f"By group, measured by {listener}"
         lines += markdown_table(tables, "groups", listener, title, ["group", "system"])
-        title = f"Best of N by {rank_by}, heard by {listener}"
+        title = f"Best of N by {rank_by}, measured by {listener}"
         lines += markdown_table(tables, "candidates", listener, title, ["system", "num_candidates"])
         if rank_by == listener:
-            lines += [f"{listener} chose these takes itself: it is bound to like them.", ""]
+            lines += [f"{listener} ranked these takes itself, so its figures are biased in their favour.", ""]
     if tables.rows["comparison"]:
-        lines += ["", "## Compared", "", "| | listener | metric | baseline | here | difference | better with |"]
+        headings = "| | listener | metric | baseline | system | difference | probability of being better |"
+        lines += ["", "## Comparison", "", headings]
         lines += ["|---|---|---|---|---|---|---|"]
         for row in tables.rows["comparison"]:
             heading, _, digits = METRICS[row["metric"]]
