@@ -8,11 +8,11 @@ MAX_BLOCK_SCORES = 2**22  # of `BlockedAttnProcessor`: 8 MB in bfloat16
 
 
 class BlockedAttnProcessor(AttnProcessor2_0):
-    """Self-attention of the UNet in blocks of queries, whose scores stay in a CPU's cache.
+    """Self-attention of the UNet in blocks of queries, whose scores fit into the cache of a CPU.
 
-    For bfloat16 on CPUs, where torch 2.13 multiplies matrices several times faster than in float32 but attends no
-    faster: `pipe.unet.set_attn_processor(BlockedAttnProcessor())`. Scores are rounded to the type of the queries.
-    Cross-attention, a compiled UNet and one that is trained attend as with `AttnProcessor2_0`, which undoes it.
+    For bfloat16 on CPUs, where torch 2.13 multiplies matrices several times faster than in float32 but its attention
+    is no faster: `pipe.unet.set_attn_processor(BlockedAttnProcessor())`. Scores are rounded to the dtype of the
+    queries. Cross-attention, a compiled UNet and training use `AttnProcessor2_0`, which also undoes it when set.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Loading and saving of LoRA adapters."""
+"""Loading and saving of LoRA adapters of the UNet."""
 
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
@@ -52,7 +52,7 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
             low_cpu_mem_usage (`bool`, *optional*, defaults to `True`): do not initialise weights that get loaded.
 
         Raises:
-            ValueError: if the file is no LoRA of this UNet.
+            ValueError: if the file is not a LoRA of this UNet.
         """
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             pretrained_model_name_or_path_or_dict = dict(pretrained_model_name_or_path_or_dict)

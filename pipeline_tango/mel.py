@@ -3,9 +3,10 @@
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.audio_utils import mel_filter_bank
+from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
 
 
 MEL_SAMPLING_RATE = 16000
@@ -13,7 +14,7 @@ MEL_FFT_LENGTH = 1024
 MEL_HOP_LENGTH = 160
 NUM_MEL_BINS = 64
 MEL_MATCH_MOMENTUM = 0.9  # of `match_mel_spectrogram`
-MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
+MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers by which one of its iterations may change a level
 MIN_MEL_MAGNITUDE = 1e-5
 
 
@@ -36,15 +37,15 @@ def log_mel_spectrogram(waveform):
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`):
-            16 kHz mono in [-1, 1], more than 512 samples. Its level is left alone.
+            16 kHz mono in [-1, 1], more than 512 samples. It is not normalised.
 
     Returns:
         `torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`: float32, natural log of the magnitude in 64 Slaney
-        mel bands from 0 to 8 kHz, floored at ln(1e-5); one frame for each started hop of 160 samples. (A centred
-        transform has one more when the hops come out even; the original cuts it off later.)
+        mel bands from 0 to 8 kHz, clamped from below at ln(1e-5); `ceil(num_samples / 160)` frames. (A centred
+        transform has one frame more if 160 divides `num_samples`; the original cuts it off later.)
 
     Raises:
-        ValueError: if `waveform` is not a 2-D floating-point tensor or is too short to be padded by reflection.
+        ValueError: if `waveform` is not a 2-D floating-point tensor or is too short for reflection padding.
 
     Source: HiFi-GAN (Kong et al. 2020), as set up by AudioLDM (Liu et al. 2023): periodic Hann window of 1024 samples.
     """
@@ -66,24 +67,54 @@ def _mel_stft(device):
     return {"n_fft": MEL_FFT_LENGTH, "hop_length": MEL_HOP_LENGTH, "window": window}
 
 
+def log_mel_spectrogram_in_chunks(waveform, device, num_frames=4096):
+    """[`log_mel_spectrogram`] of an `np.ndarray` of shape `(num_samples,)`, computed on `device` from at most about
+    `num_frames` frames at a time, since the complex spectrum of minutes of sound is large.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples // 160, num_mel_bins)`.
+    """
+    context = math.ceil(MEL_FFT_LENGTH / 2 / MEL_HOP_LENGTH)  # frames whose window reaches beyond a chunk
+    num_all_frames = len(waveform) // MEL_HOP_LENGTH
+    mels = []
+    for start in range(0, num_all_frames, num_frames):
+        end = min(start + num_frames, num_all_frames)
+        if num_all_frames - end <= context:
+            end = num_all_frames
+        first, last = max(start - context, 0), min(end + context, num_all_frames)
+        chunk = torch.from_numpy(waveform[first * MEL_HOP_LENGTH : last * MEL_HOP_LENGTH]).to(device)
+        mels.append(log_mel_spectrogram(chunk[None])[0, start - first : end - first])
+        if end == num_all_frames:
+            break
+    return torch.cat(mels)  # (num_frames, num_mel_bins)
+
+
+def mel_band_edges():
+    """Frequencies in Hz between which the mel bands lie: band `k` begins at `[k]`, peaks at `[k + 1]`, ends at
+    `[k + 2]`."""
+    highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
+    return mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")  # (num_mel_bins + 2,)
+
+
 def _log_mel(spectrum):
     magnitude = spectrum.abs().transpose(1, 2)  # (batch, num_frames, num_frequency_bins)
     return (magnitude @ _mel_filters().to(spectrum.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
 
 
 def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
-    """A waveform with the levels that a log-mel spectrogram asks for, in each of its bands at each moment.
+    """`waveform` with its level in each mel band and frame corrected to that of a log-mel spectrogram.
 
-    What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
-    it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
-    leaves the phases as they are; they are what keeps one iteration from being enough. Partials that a spectrogram
-    shows come out of the noise by and by, sooner with momentum. The spectrogram should be as rough as those of sounds
-    are: noise that is made as smooth as a blurred one sounds tonal.
+    The waveform that a small vocoder generates from a spectrogram does not have that spectrogram: random phases bring
+    random levels, and partials and onsets are blurred. Each iteration multiplies the short-time spectrum by the ratio
+    of the magnitudes and keeps the phases. One iteration is not enough, because the phases are not consistent with the
+    new magnitudes. Partials emerge from the noise over the iterations, in fewer of them with momentum. The target
+    should vary as much from frame to frame and band to band as spectrograms of recordings do: noise that is matched to
+    an over-smoothed spectrogram sounds tonal.
 
     Args:
         waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
-        mel_spectrogram (`torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`): as [`log_mel_spectrogram`] makes
-            them, for as many hops as are in `waveform`.
+        mel_spectrogram (`torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`): target, as
+            [`log_mel_spectrogram`] computes it, with a frame for each hop in `waveform`.
         num_iterations (`int`, *optional*, defaults to 8): 0 returns `waveform`.
 
     Returns:
@@ -93,7 +124,7 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
     """
     options = _mel_stft(waveform.device)
     filters = _mel_filters().to(waveform.device)
-    shares = filters / filters.sum(1, keepdim=True).clamp(min=1e-12)  # (num_frequency_bins, num_mel_bins)
+    weights = filters / filters.sum(1, keepdim=True).clamp(min=1e-12)  # (num_frequency_bins, num_mel_bins)
     matched = waveform
     for i in range(num_iterations):
         spectrum = torch.stft(waveform.float(), **options, pad_mode="reflect", return_complex=True)
@@ -102,6 +133,6 @@ def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
         difference = difference.clamp(*MEL_MATCH_RANGE).transpose(1, 2)  # (batch, num_mel_bins, num_frames)
         difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
         previous = matched
-        matched = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
+        matched = torch.istft(spectrum * (weights @ difference).exp(), **options, length=waveform.shape[1])
         waveform = matched + MEL_MATCH_MOMENTUM * (matched - previous) if i > 0 else matched
     return matched

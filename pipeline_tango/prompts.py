@@ -1,46 +1,55 @@
-"""Prompts that move over time, and which of their texts guides a window."""
+"""Prompts that move over time: which of their texts guides a window."""
 
-import math
-from numbers import Real
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 
-def read_prompts(prompt):
-    """For each sound its texts over time: a list of `(seconds, text)`, of one element unless the prompt moves.
+@dataclass
+class TextTrack:
+    """Encoded texts of a call, from which each window takes those of its time. Callbacks may replace the tensors.
 
-    Raises:
-        ValueError: naming `prompt`.
+    Args:
+        prompt_embeds (`torch.Tensor` of shape `(rows, tokens, hidden)`): with guidance the negative rows come first.
+        attention_mask (`torch.Tensor` of shape `(rows, tokens)`)
+        keyframes (`list[list[tuple[float, str]]]`): for each sound its texts over time.
+        num_waveforms_per_prompt (`int`): copies of each text, next to each other.
     """
 
-    def is_timed(value):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == 2
-            and isinstance(value[0], Real)
-            and not isinstance(value[0], bool)
-            and isinstance(value[1], str)
-        )
+    prompt_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    keyframes: list
+    num_waveforms_per_prompt: int
+    selected: dict = field(default_factory=dict)  # results of `select`, which are the same at every step
 
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(prompts, list) and prompts and all(is_timed(each) for each in prompts):
-        prompts = [prompts]
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError(f"`prompt` has to be a string or a list of at least one string, not {prompt!r}.")
-    result = []
-    for each in prompts:
-        keyframes = [(0.0, each)] if isinstance(each, str) else each
-        if not isinstance(keyframes, list) or not keyframes or not all(is_timed(pair) for pair in keyframes):
-            raise ValueError(
-                "`prompt` has to hold strings, or lists of (seconds, string) for prompts that move, not "
-                f"{each!r:.200}."
-            )
-        times = [seconds for seconds, _ in keyframes]
-        if not all(math.isfinite(time) for time in times) or times[0] < 0 or sorted(set(times)) != times:
-            raise ValueError(f"`prompt` has to move through ascending seconds from 0 on, not {times}.")
-        result.append(keyframes)
-    return result
+    def num_rows(self, is_guided):
+        """How many rows guide the UNet."""
+        num_texts = sum(map(len, self.keyframes)) * self.num_waveforms_per_prompt
+        return num_texts * 2 if is_guided else num_texts
+
+    def select(self, middles_in_s, is_guided):
+        """Text for windows around `middles_in_s`: negative rows if `is_guided`, those of the prompt, and those of the
+        text that the prompt moves to, if any prompt moves there.
+
+        Returns:
+            Embeddings and their mask, of as many rows, and the weight of the text that the prompt moves to, of shape
+            `(windows * batch, 1, 1, 1)`, `None` if no prompt moves.
+        """
+        key = (*middles_in_s, is_guided)
+        if key not in self.selected:
+            texts = [texts_at(each, self.keyframes, self.num_waveforms_per_prompt) for each in middles_in_s]
+            rows, next_rows, weights = (torch.cat(each) for each in zip(*texts))  # (windows * batch,)
+            # counted from the end, since a callback that turns guidance off may leave the negative rows in place
+            num_texts = self.num_rows(is_guided=False)
+            parts = [rows - 2 * num_texts, rows - num_texts] if is_guided else [rows - num_texts]
+            is_moving = (weights > 0).any()
+            if is_moving:
+                parts.append(next_rows - num_texts)
+            rows = torch.cat(parts).to(self.prompt_embeds.device)
+            weights = weights[:, None, None, None].to(self.prompt_embeds.device) if is_moving else None
+            self.selected[key] = self.prompt_embeds[rows], self.attention_mask[rows], weights
+        return self.selected[key]
 
 
 def texts_at(seconds, keyframes, num_copies):
@@ -52,9 +61,9 @@ def texts_at(seconds, keyframes, num_copies):
         num_copies (`int`): waveforms of each sound, next to each other.
 
     Returns:
-        Three tensors of shape `(batch * num_copies,)`: row of the text, row of the next one, share of the next one.
+        Three tensors of shape `(batch * num_copies,)`: row of the text, row of the next one, weight of the next one.
     """
-    rows, next_rows, shares, num_rows = [], [], [], 0
+    rows, next_rows, weights, num_rows = [], [], [], 0
     for each in keyframes:
         position = float(np.interp(seconds, [time for time, _ in each], np.arange(len(each))))
         index = int(position)
@@ -62,6 +71,6 @@ def texts_at(seconds, keyframes, num_copies):
         for copy in range(num_copies):
             rows.append((num_rows + index) * num_copies + copy)
             next_rows.append((num_rows + following) * num_copies + copy)
-            shares.append(position - index)
+            weights.append(position - index)
         num_rows += len(each)
-    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(shares)
+    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(weights)

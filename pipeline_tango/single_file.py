@@ -41,25 +41,27 @@ def single_file(path):
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)):
                 continue
-            parent, level = getattr(node, "module", None), getattr(node, "level", 0)
-            is_plain = level == 1 and "." not in (parent or ".") and not any(each.asname for each in node.names)
-            if level and not (is_plain and node in tree.body):
-                raise ValueError(f"{module}.py:{node.lineno}: only `from .module import name` can be inlined.")
-            if level and parent not in bodies:
-                inline(parent)
-            if node in tree.body:
+            parent, is_top_level = getattr(node, "module", None), node in tree.body
+            if level := getattr(node, "level", 0):
+                if level > 1 or not is_top_level or "." in (parent or ".") or any(each.asname for each in node.names):
+                    raise ValueError(f"{module}.py:{node.lineno}: only `from .module import name` can be inlined.")
+                if parent not in bodies:
+                    inline(parent)
+            elif is_top_level:
                 comment = lines[node.end_lineno - 1][node.end_col_offset :]
-                for name, alias in [(each.name, each.asname) for each in node.names if not level]:
+                for name, alias in [(each.name, each.asname) for each in node.names]:
                     imports[parent, name, alias] = imports.get((parent, name, alias)) or comment
                     meaning = f"{parent}.{name}" if parent else name if alias else name.split(".")[0]
                     bind(alias or (name if parent else meaning), meaning)
+            if is_top_level:
                 lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         body = "\n".join(lines[len(head) :]).strip("\n")
         for symbol in symtable.symtable(body, module, "exec").get_symbols():
             if symbol.is_assigned() or symbol.is_imported():
                 bind(symbol.get_name(), f"that of {module}.py")
-        title = textwrap.wrap(f"{module}.py: {docstring}" if module != path.stem else f"{module}.py", LINE_LENGTH - 2)
-        bodies[module] = "\n".join(f"# {line}" for line in title) + f"\n\n\n{body}"
+        title = f"{module}.py: {docstring}" if module != path.stem else f"{module}.py"
+        paragraphs = ["\n# ".join(textwrap.wrap(each, LINE_LENGTH - 2)) for each in title.split("\n\n")]
+        bodies[module] = "# " + "\n#\n# ".join(paragraphs) + f"\n\n\n{body}"
         return source, "\n".join(head)
 
     source, head = inline(path.stem)

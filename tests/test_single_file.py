@@ -21,19 +21,66 @@ from pipeline_tango.single_file import single_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline_tango"
-LICENCE = "# Copyright nobody.\n"
 MODULES = {
     "__init__": '__version__ = "1.2.3"\n',
-    "main": LICENCE
-    + '"""Sounds.\n\nAnd more.\n"""\n\nfrom __future__ import annotations\n\nimport os  # of the system\n'
-    "from collections import OrderedDict, defaultdict\n\nimport numpy as np\n\n"
-    "from .leaf import SIZE, area\nfrom .middle import double\n\n\n"
-    "if os.name:\n    import json\n\n\n"
-    "def main():  # the command\n    return json.dumps(double(np.float64(area(SIZE))))\n",
-    "middle": '"""Doubles\nthings."""\n\nimport os.path\nfrom collections import abc\n\nfrom .leaf import area\n\n\n'
-    "def double(x):\n    # twice\n    return area(x) * 2\n",
-    "leaf": '"""Areas."""\n\nimport math\nimport os\n\nimport numpy as np\n\n\nSIZE = math.pi  # of a side\n\n\n'
-    "def area(x):\n    return np.square(x)\n",
+    "main": '''\
+# Copyright nobody.
+"""Sounds.
+
+And more.
+"""
+
+from __future__ import annotations
+
+import os  # of the system
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+
+from .leaf import SIZE, area
+from .middle import double
+
+
+if os.name:
+    import json
+
+
+def main():  # the command
+    return json.dumps(double(np.float64(area(SIZE))))
+''',
+    "middle": '''\
+# Copyright nobody.
+"""Doubles
+things.
+
+Twice.
+"""
+
+import os.path
+from collections import abc
+
+from .leaf import area
+
+
+def double(x):
+    # twice
+    return area(x) * 2
+''',
+    "leaf": '''\
+"""Areas."""
+
+import math
+import os
+
+import numpy as np
+
+
+SIZE = math.pi  # of a side
+
+
+def area(x):
+    return np.square(x)
+''',
 }
 EXPECTED = '''\
 # Generated from sample 1.2.3 by sample/single_file.py: edit that package, not this file.
@@ -65,6 +112,8 @@ def area(x):
 
 
 # middle.py: Doubles things.
+#
+# Twice.
 
 
 def double(x):
