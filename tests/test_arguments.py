@@ -1,5 +1,7 @@
+import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,9 @@ from training.arguments import (
     clip_sources,
     program_name,
 )
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_help_names_each_default_once(parser):
     text = " ".join(parser.format_help().split())
     assert "(default: None)" not in text and "(default: False)" not in text
     assert "column of the sound (default: by convention)" in text
-    assert "passes over the data (default: 40)" in text
+    assert "passes over the data (default: 40)" in text and "of linear warm-up (default: 0)" in text
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,18 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, library, flags, 
     with pytest.raises(ValueError) as error:
         check_libraries(args)
     assert str(error.value) == f'{purpose} needs {library}: pip install "pipeline-tango[train]"'
+
+
+def test_every_script_says_its_name_and_flags_without_optional_libraries():
+    script = (
+        "import contextlib, importlib, io, sys\n"
+        "for name in ('soundfile', 'datasets', 'peft', 'sentencepiece', 'matplotlib', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+        "for name in ('train', 'train_autoencoder', 'train_vocoder', 'train_tokenizer'):\n"
+        "    text = io.StringIO()\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):\n"
+        "        importlib.import_module(f'training.{name}').main(['--help'])\n"
+        "    assert text.getvalue().startswith(f'usage: python -m training.{name} '), text.getvalue()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -19,7 +19,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a default where there is one that the help text does not name itself."""
 
     def _get_help_string(self, action):
-        if action.default in (None, [], "", False) or "(default" in action.help:
+        if any(action.default is each for each in (None, False)) or action.default in ("", []):
+            return action.help
+        if "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -41,14 +43,16 @@ def add_data_arguments(parser, description=None):
     """Which sounds a script trains on. Returns the group, for what else the script asks of them."""
     data = parser.add_argument_group("data", description)
     data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
-    data.add_argument("--validation_manifest", help="the same for validation")
+    data.add_argument("--validation_manifest", help="the same for validation (default: none)")
     data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
     data.add_argument("--dataset_split", default="train", help="its split")
     data.add_argument("--audio_column", help="column of the sound (default: by convention)")
     data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds are bad data")
-    data.add_argument("--on_bad_data", choices=("skip", "refuse"), default="skip", help="what to do about bad data")
-    data.add_argument("--max_train_samples", type=int, help="train on a fixed random choice of this many clips")
+    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds count as bad data")
+    data.add_argument(
+        "--on_bad_data", choices=("skip", "refuse"), default="skip", help="skip bad data, or refuse to train"
+    )
+    data.add_argument("--max_train_samples", type=int, help="train on a fixed random subset of this many clips")
     return data
 
 
@@ -59,17 +63,24 @@ def clip_sources(args):
 
 def add_lora_arguments(group):
     group.add_argument("--lora_rank", type=int, help="train LoRA layers of this rank instead of the whole UNet")
-    group.add_argument("--lora_alpha", type=float, help="scale of LoRA (default: the rank)")
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout before LoRA layers")
     group.add_argument(
-        "--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers that get LoRA"
+        "--lora_alpha", type=float, help="alpha of LoRA, which scales by alpha / rank (default: the rank)"
     )
-    group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout probability before LoRA layers")
+    group.add_argument(
+        "--lora_targets",
+        nargs="+",
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        help="names of the layers that get LoRA",
+    )
+    group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
 
 
 def add_ema_arguments(group, ema_decay):
-    group.add_argument("--use_ema", action="store_true", help="keep an exponential moving average and save that")
-    group.add_argument("--ema_decay", type=float, default=ema_decay, help="its decay")
+    group.add_argument(
+        "--use_ema", action="store_true", help="keep an exponential moving average of the weights and save it"
+    )
+    group.add_argument("--ema_decay", type=float, default=ema_decay, help="decay of the moving average")
 
 
 def add_pool_argument(group):
@@ -84,11 +95,11 @@ def add_pool_argument(group):
 
 
 def add_optimisation_arguments(parser):
-    """AdamW, its schedule, and how long a run lasts. Returns the group; defaults that differ are set by the script."""
+    """AdamW, its schedule, and the length of a run. Returns the group. A script sets its own defaults."""
     steps = parser.add_argument_group("optimisation", "steps are optimizer steps, whatever the accumulation")
     steps.add_argument("--train_batch_size", type=int, default=4, help="clips per process and accumulation step")
     steps.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients make one step"
+        "--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients are averaged for one step"
     )
     steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
     steps.add_argument("--num_train_epochs", type=int, default=40, help="passes over the data")

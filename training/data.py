@@ -34,8 +34,8 @@ class Clip:
     """A sound file and its captions.
 
     Args:
-        read (`Callable[[], bytes]`, *optional*): gives the bytes of the file when they lie elsewhere, in a row of a
-            data set for example. `path` is then only a name.
+        read (`Callable[[], bytes]`, *optional*): gives the bytes of the file if they are stored elsewhere, for
+            example in a row of a data set. `path` is then only a name.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Fault:
 
 
 def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=None):
-    """Clips of a manifest, in its order. The sounds themselves are not looked at: see `inspect_clips`.
+    """Clips of a manifest, in its order. The sounds themselves are not read: see `inspect_clips`.
 
     Args:
         path (`str` or `Path`): a `.csv` file with a header, a file of one JSON object per line (any other name), or a
@@ -219,7 +219,7 @@ def select_clips(clips, max_train_samples, seed):
 
 
 def inspect_clips(clips, *, min_length_in_s=0.0, num_workers=0):
-    """Decode every clip once and sort out what cannot be trained on.
+    """Decode every clip once to find those that cannot be trained on.
 
     Args:
         num_workers (`int`): number of threads; soundfile decodes outside of Python's lock.
@@ -315,7 +315,7 @@ def read_waveform(clip, sampling_rate, start=0, num_samples=None):
     """A clip or a part of it as mono at `sampling_rate`.
 
     Channels are averaged; the original keeps the first and loses what only the others hold. A part equals that part of
-    the whole: only `SEEK_MARGIN` frames before it and what the resampling filter reaches are decoded with it.
+    the whole clip: only `SEEK_MARGIN` frames before it and what the resampling filter reaches are decoded with it.
 
     Args:
         start, num_samples (`int`): the part, in samples at `sampling_rate`; by default all of it.
@@ -352,7 +352,7 @@ def normalise(waveform, num_samples):
     """The level that the VAE was trained on: mean removed, cut or padded with zeros at the end, peak 0.5.
 
     As in the original the mean and a first peak are those of all that is given, and the kept part is scaled again.
-    Unlike there, what is silent (nowhere `SILENCE` from its own mean) stays as it is: no 0/0, no noise made loud.
+    Unlike there, silence (nowhere `SILENCE` from its own mean) is not scaled: no division 0/0, no amplified noise.
 
     Args:
         waveform (`torch.Tensor` of shape `(any_num_samples,)`)

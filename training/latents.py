@@ -216,7 +216,7 @@ class CachedDataset(Dataset):
         epoch, index = key
         tensors = self.cache.get(self.keys[index])
         if tensors is None:
-            raise RuntimeError(f"the cache lost {self.clips[index].path}: start again to fill it")
+            raise RuntimeError(f"the cache no longer holds {self.clips[index].path}: start the run again to fill it")
         captions = self.clips[index].captions
         caption = np.random.default_rng([self.seed, epoch, index]).integers(len(captions))
         return {

@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 def run(command, args):
-    """Exit status of `command(args)`. An error that the user can mend is one line on standard error."""
+    """Exit status of `command(args)`. An error that the user can correct is one line on standard error."""
     try:
         return command(args)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -221,6 +221,12 @@ def tail_mean(values):
     """Mean of the last 5% of `values`, 0 if there are none."""
     tail = values[-max(1, len(values) // 20) :]
     return sum(tail) / max(1, len(tail))
+
+
+def log_plan(first_step, num_steps, step_size, num_clips):
+    """Log the length of a run whose optimizer steps take `step_size` clips."""
+    num_epochs = num_steps * step_size / num_clips
+    logger.info(f"{num_steps} steps of {step_size} clips ({num_epochs:.1f} epochs), from step {first_step}")
 
 
 def progress_bar(accelerator, first_step, num_steps):

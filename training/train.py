@@ -61,6 +61,7 @@ from .run import (
     catch_sigterm,
     end,
     load_checkpoint,
+    log_plan,
     make_ema,
     mean_figures,
     open_log,
@@ -90,79 +91,110 @@ def parse_args(argv=None):
     start.add_argument("--revision", help="revision of the Hub repo")
     start.add_argument("--variant", help="variant of its weights, for example fp16")
     start.add_argument("--unet_config", help="JSON config of a UNet to train from random weights")
-    start.add_argument("--vae", help="folder or repo of the VAE (or of a pipeline that has one), with --unet_config")
+    start.add_argument("--vae", help="folder or Hub repo of a VAE or of a pipeline with one, with --unet_config")
     start.add_argument("--vocoder", help="the same for the vocoder")
     start.add_argument("--text_encoder", help="the same for the T5 encoder and its tokenizer")
 
     data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of the caption or list of captions (default: by convention)")
-    data.add_argument("--audio_length_in_s", type=float, help="length to train on, in seconds (default: the model's)")
-    data.add_argument("--crop", choices=("random", "head"), default="random", help="part taken from longer sounds")
+    data.add_argument("--audio_length_in_s", type=float, help="length of clips, in seconds (default: the model's)")
+    data.add_argument("--crop", choices=("random", "head"), default="random", help="part kept of longer sounds")
     data.add_argument("--prefix", default="", help="text put before every caption")
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
     data.add_argument(
         "--cache_dir",
-        help="folder to keep latents and states of a fixed text encoder in, so that epochs cost only the UNet",
+        help="folder of cached latents and, if the text encoder is frozen, text states: epochs then run the UNet only",
     )
 
-    mixing = parser.add_argument_group("mixing", "sounds and captions of a batch joined in pairs")
-    mixing.add_argument("--augment", choices=("none", "pressure", "random"), default="none", help="rule of the mix")
-    mixing.add_argument("--mix_ratio", type=float, default=0.5, help="share of the first sound, by pressure level")
+    mixing = parser.add_argument_group("mixing", "pairs of a batch mixed into further training examples")
+    mixing.add_argument("--augment", choices=("none", "pressure", "random"), default="none", help="weights of a pair")
+    mixing.add_argument(
+        "--mix_ratio", type=float, default=0.5, help="perceived share of the first sound, for `pressure`"
+    )
     mixing.add_argument("--num_mixes", type=int, default=4, help="mixes added to each batch, at most")
 
     objective = parser.add_argument_group("objective")
-    objective.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), help="default: the scheduler's")
-    objective.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5 is usual (default: none)")
+    objective.add_argument(
+        "--prediction_type", choices=("epsilon", "v_prediction"), help="what the UNet predicts (default: as before)"
+    )
+    objective.add_argument(
+        "--snr_gamma", type=float, help="gamma of min-SNR weighting; 5 is usual (default: no weighting)"
+    )
     objective.add_argument(
         "--snr_weighting",
         choices=("min_snr", "original"),
         default="min_snr",
-        help="`original` uses the weight for epsilon with v_prediction too, as the original did",
-    )
-    objective.add_argument("--proportion_empty_prompts", type=float, default=0.0, help="share of captions made empty")
-    objective.add_argument(
-        "--input_perturbation", type=float, default=0.0, help="extra noise on the input; 0.1 is usual"
+        help="`original` applies the weight for epsilon to v_prediction too, as the original code does",
     )
     objective.add_argument(
-        "--noise_offset", type=float, default=0.0, help="scale of a per-channel constant in the noise"
+        "--proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        help='probability that a caption is replaced by "", for classifier-free guidance',
     )
-    objective.add_argument("--rescale_betas_zero_snr", action="store_true", help="zero terminal SNR")
+    objective.add_argument(
+        "--input_perturbation",
+        type=float,
+        default=0.0,
+        help="deviation of noise added to the input only; 0.1 is usual",
+    )
+    objective.add_argument(
+        "--noise_offset",
+        type=float,
+        default=0.0,
+        help="deviation of noise that is constant over each channel; 0.1 is usual",
+    )
+    objective.add_argument(
+        "--rescale_betas_zero_snr", action="store_true", help="rescale the schedule to zero terminal SNR"
+    )
 
-    trained = parser.add_argument_group("what trains")
+    trained = parser.add_argument_group("trained weights")
     add_lora_arguments(trained)
     trained.add_argument(
-        "--train_text_encoder", action="store_true", help="train T5 as well (else frozen, in eval mode)"
+        "--train_text_encoder",
+        action="store_true",
+        help="train the text encoder too, which else is frozen and in eval mode",
     )
     add_ema_arguments(trained, ema_decay=0.9999)
-    trained.add_argument("--gradient_checkpointing", action="store_true", help="less memory for about 30%% more time")
-    trained.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
+    trained.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
+    )
+    trained.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast (default: accelerate's setting)"
+    )
 
     steps = add_optimisation_arguments(parser)
-    steps.add_argument("--lr_num_cycles", type=int, default=1, help="hard restarts of cosine_with_restarts")
-    steps.add_argument("--lr_power", type=float, default=1.0, help="power of polynomial")
+    steps.add_argument("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    steps.add_argument("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
     steps.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
-    steps.add_argument("--fused_adam", action="store_true", help="one kernel for all parameters")
+    steps.add_argument("--fused_adam", action="store_true", help="fused kernel of AdamW")
 
     add_checkpoint_arguments(parser)
 
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
-    validation.add_argument("--num_validation_timesteps", type=int, default=8, help="spread over the schedule")
-    validation.add_argument("--validation_prompts", nargs="+", default=[], help="sounds to make every so often")
-    validation.add_argument("--num_validation_inference_steps", type=int, default=25, help="their DPM++ steps")
-    validation.add_argument("--validation_guidance_scale", type=float, default=3.0)
+    validation.add_argument("--num_validation_timesteps", type=int, default=8, help="timesteps of the validation loss")
+    validation.add_argument(
+        "--validation_prompts", nargs="+", default=[], help="generate sounds for these at each validation"
+    )
+    validation.add_argument(
+        "--num_validation_inference_steps", type=int, default=25, help="DPM++ steps of these sounds"
+    )
+    validation.add_argument(
+        "--validation_guidance_scale", type=float, default=3.0, help="guidance scale of these sounds"
+    )
 
     reports = add_report_arguments(parser)
     reports.add_argument("--push_to_hub", action="store_true", help="upload the result with its card")
     reports.add_argument("--hub_model_id", help="owner/name (default: the name of the output folder)")
-    reports.add_argument("--private", action="store_true", help="make the repo a private one")
+    reports.add_argument("--private", action="store_true", help="make it a private repo")
 
     args = parser.parse_args(argv)
     parts = (args.unet_config, args.vae, args.vocoder, args.text_encoder)
     if bool(args.pretrained_model_name_or_path) == any(parts) or (any(parts) and not all(parts)):
         parser.error("give --pretrained_model_name_or_path, or all of --unet_config --vae --vocoder --text_encoder")
     if args.cache_dir and args.augment != "none":
-        parser.error("--cache_dir holds single clips: leave out --augment")
+        parser.error("--cache_dir holds latents of single clips: leave out --augment")
     if args.train_text_encoder and args.lora_rank:
         parser.error("--lora_rank trains the UNet's layers only: leave out --train_text_encoder")
     if args.use_dora and not args.lora_rank:
@@ -435,14 +467,11 @@ def train(args):
         f"data: {len(train_clips)} clips, {hours:.2f} h at {num_samples / sampling_rate:g} s each; validation: "
         f"{len(validation_clips)}"
     )
-    logger.info(
-        f"{num_steps} steps of {step_size} clips ({num_steps * step_size / len(train_clips):.1f} epochs), from step "
-        f"{first_step}"
-    )
+    log_plan(first_step, num_steps, step_size, len(train_clips))
 
     # 4. The loop
     best = min(log.values("validation_loss"), default=None)
-    step, figures, grad_norm = first_step, [], {}
+    step, figures, grad_norm = first_step, [], None
     started = time.monotonic()
     bar = progress_bar(accelerator, first_step, num_steps)
     for i, batch in enumerate(loader):
@@ -469,7 +498,7 @@ def train(args):
             figures.append({"loss": loss.detach()})
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
-                grad_norm["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -483,7 +512,8 @@ def train(args):
         if ema is not None:
             ema.step(parameters)
         means = mean_figures(accelerator, figures, step, bar)
-        log.write(step, **means, lr=learning_rate, **{name: float(value) for name, value in grad_norm.items()})
+        norms = {} if grad_norm is None else {"grad_norm": float(grad_norm)}  # DeepSpeed may have none
+        log.write(step, **means, lr=learning_rate, **norms)
         bar.update()
         bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{learning_rate:.2e}")
 

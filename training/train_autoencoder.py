@@ -1,6 +1,6 @@
 """Train or fine-tune the VAE of a Tango: `accelerate launch -m training.train_autoencoder --train_manifest FILE ...`.
 
-The first of the stages that build a Tango from nothing; `--vae OUT/model` hands its result to `training.train`. Sounds
+The first stage of training a Tango from random weights; `--vae OUT/model` hands its result to `training.train`. Sounds
 are cut and normalised as in the last stage, so that the VAE sees what the UNet will, and trained on in shorter crops.
 Everything random is drawn from keyed generators, as in `training.train`.
 """
@@ -47,6 +47,7 @@ from .run import (
     catch_sigterm,
     end,
     load_checkpoint,
+    log_plan,
     make_ema,
     mean_figures,
     open_log,
@@ -64,8 +65,8 @@ from .run import (
 
 logger = get_logger(__name__)
 
-# the released VAE at a quarter of its width, without what makes longer sounds louder: attention, and norms of single
-# channels, which take the level away
+# the released VAE at a quarter of its width, without attention and without group norms of single channels: both make
+# the level depend on the length of a sound
 VAE_CONFIG = {
     "in_channels": 1,
     "out_channels": 1,
@@ -76,7 +77,7 @@ VAE_CONFIG = {
     "mid_block_add_attention": False,
     "sample_size": 256,
 }
-NUM_START_FRAMES = 25600  # at most, that a new VAE is fitted to before the first step
+NUM_START_FRAMES = 25600  # at most, to which a new VAE is fitted before the first step
 # what is drawn: after the seed the first number of a generator's key
 NOISE, CROP, LENGTH = range(3)
 
@@ -85,13 +86,13 @@ def parse_args(argv=None):
     parser = build_parser(__spec__.name, "Train or fine-tune the VAE of a Tango on sounds.")
     start = parser.add_argument_group(
         "start",
-        "by default a VAE of 2.6 million weights that is a linear transform, fitted to the data, before any training",
+        "by default a VAE of 2.6 million parameters, initialised as a linear transform that is fitted to the data",
     )
     start.add_argument(
         "--config",
         help="JSON file with arguments of AutoencoderKL that differ from the default's. For a VAE that the converter "
-        "can write in the original's layout: norm_num_groups 32 and mid_block_add_attention true, which take 128 "
-        "channels at the top level to begin as a linear transform",
+        "can write in the original's layout: norm_num_groups 32 and mid_block_add_attention true; it then needs 128 "
+        "channels at the first level to start as a linear transform",
     )
     start.add_argument(
         "--pretrained_model_name_or_path", help="folder or Hub repo of a VAE, or of a pipeline with one"
@@ -99,59 +100,66 @@ def parse_args(argv=None):
     start.add_argument(
         "--freeze_encoder",
         action="store_true",
-        help="train the decoder only: latents, and with them a UNet trained on them, stay. The encoder of a new VAE "
-        "then stays a linear transform",
+        help="train the decoder only, so that latents do not change and a UNet trained on them can still be used. The "
+        "encoder of a new VAE then stays a linear transform",
     )
     start.add_argument(
         "--no_decoder_attention",
         action="store_true",
-        help="set the attention in the middle of the decoder to zero for good: how much of it a frame gets depends on "
-        "how many there are. It alone does not keep the level of longer sounds, see --length_factors",
+        help="set the attention of the decoder's middle block to zero permanently: its effect on a frame depends on "
+        "the number of frames. For the level of longer sounds this alone is not enough, see --length_factors",
     )
 
     data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of a text, which is not used (default: by convention)")
     data.add_argument(
-        "--audio_length_in_s", type=float, default=10.24, help="length that the last stage will train on, in seconds"
+        "--audio_length_in_s",
+        type=float,
+        default=10.24,
+        help="length of clips, in seconds: the one that the UNet will train on",
     )
-    data.add_argument("--crop", choices=("random", "head"), default="random", help="part taken from longer sounds")
-    data.add_argument("--num_crop_frames", type=int, default=128, help="frames of that length to train on at a time")
+    data.add_argument("--crop", choices=("random", "head"), default="random", help="part kept of longer sounds")
+    data.add_argument("--num_crop_frames", type=int, default=128, help="frames of a training crop")
     data.add_argument(
         "--length_factors",
         type=float,
         nargs="+",
         default=[0.5, 1, 2],
         metavar="F",
-        help="in each step a batch is laid out as rows of --num_crop_frames times one of these: crops halved, or "
-        "several in a line. Seen at one length only, a VAE learns to be right at that length: twice as long was half "
-        "a neper too loud. With --freeze_encoder, of the decoder (default: 0.5 1 2)",
+        help="in each step the crops of a batch are split or concatenated into rows of --num_crop_frames times one of "
+        "these. A VAE trained on one length only has a wrong level at others: it was half a neper too loud at twice "
+        "the length. With --freeze_encoder this applies to the decoder (default: 0.5 1 2)",
     )
     data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
 
     objective = parser.add_argument_group("objective", "the sum of three terms")
     objective.add_argument(
-        "--reconstruction_weight", type=float, default=1.0, help="of the mean absolute error of a log-mel value"
+        "--reconstruction_weight", type=float, default=1.0, help="weight of the mean absolute error of log-mel values"
     )
     add_pool_argument(objective)
     objective.add_argument(
         "--kl_weight",
         type=float,
         default=1e-4,
-        help="of the KL divergence from a standard normal, in nats, mean over the latent's elements (not their sum, "
-        "and not divided by the spectrogram's size: it means the same for any shape)",
+        help="weight of the KL divergence from a standard normal, in nats, as the mean over the elements of the "
+        "latent: independent of the shapes of latent and spectrogram",
     )
     objective.add_argument(
         "--adversarial_weight",
         type=float,
         default=0.0,
-        help="of the hinge loss against a discriminator of patches, for sharper spectrograms; 0.05 is usual",
+        help="weight of the hinge loss of a patch discriminator, for sharper spectrograms; 0.05 is usual",
     )
-    objective.add_argument("--adversarial_start_step", type=int, default=0, help="step that it begins at")
-    objective.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="constant")
+    objective.add_argument(
+        "--adversarial_start_step", type=int, default=0, help="step at which the adversarial loss starts"
+    )
+    objective.add_argument(
+        "--discriminator_learning_rate", type=float, default=2e-4, help="learning rate of the discriminator, constant"
+    )
 
-    trained = parser.add_argument_group("how it trains")
+    trained = parser.add_argument_group("trained weights")
     add_ema_arguments(trained, ema_decay=0.999)
-    trained.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: accelerate's setting")
+    trained.add_argument("--mixed_precision", choices=("no", "bf16"), help="autocast (default: accelerate's setting)")
 
     add_optimisation_arguments(parser)
     parser.set_defaults(train_batch_size=8, learning_rate=3e-4, lr_scheduler="cosine")
@@ -162,7 +170,7 @@ def parse_args(argv=None):
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
     measuring.add_argument(
-        "--num_scale_clips", type=int, default=1000, help="training clips that the scale of latents is measured on"
+        "--num_scale_clips", type=int, default=1000, help="training clips on which `scaling_factor` is measured"
     )
 
     add_report_arguments(parser)
@@ -213,8 +221,8 @@ def load_vae(pretrained_model_name_or_path, config, freeze_encoder, seed):
         vae = AutoencoderKL(**config)
         if freeze_encoder and not can_initialise(vae):
             raise ValueError(
-                "`--freeze_encoder` needs --pretrained_model_name_or_path, or a --config with room for a linear "
-                "transform: latents of random weights hold little of a sound"
+                "`--freeze_encoder` needs --pretrained_model_name_or_path, or a --config wide enough for a "
+                "linear transform: latents of random weights hold little of a sound"
             )
     if (vae.config.in_channels, vae.config.out_channels) != (1, 1):
         raise ValueError(
@@ -225,7 +233,7 @@ def load_vae(pretrained_model_name_or_path, config, freeze_encoder, seed):
 
 
 def zero_decoder_attention(vae):
-    """Set the attention in the middle of the decoder to zero for good."""
+    """Set the attention of the decoder's middle block to zero permanently."""
     for attention in filter(None, vae.decoder.mid_block.attentions):
         for parameter in (*attention.to_v.parameters(), attention.to_out[0].weight):
             torch.nn.init.zeros_(parameter)  # each keeps the others' gradients at 0
@@ -277,8 +285,8 @@ class Autoencoder(torch.nn.Module):
 
     def forward(self, mel, noise, num_frames):
         """Reconstruction of `(batch, 1, num_crop_frames, num_mel_bins)`, and mean and log-variance of the posterior
-        that `noise` draws from. Rows of `num_frames` frames are worked on at a time, by a frozen encoder rows of the
-        length that `mel` has."""
+        that `noise` draws from. The batch is processed in rows of `num_frames` frames, by a frozen encoder in rows of
+        the length that `mel` has."""
         num_crop_frames, num_latent_frames = mel.shape[2], num_frames // vae_factor(self.vae)
         if not self.freeze_encoder:
             mel, noise = lay_out(mel, num_frames), lay_out(noise, num_latent_frames)
@@ -290,7 +298,7 @@ class Autoencoder(torch.nn.Module):
 
 
 def lay_out(rows, num_frames):
-    """`(batch, channels, frames, bins)` as rows of `num_frames` frames, parts of rows or several in a line."""
+    """`(batch, channels, frames, bins)` as rows of `num_frames` frames: rows are split or concatenated in time."""
     return rows.transpose(0, 1).flatten(1, 2).unflatten(1, (-1, num_frames)).transpose(0, 1)
 
 
@@ -315,7 +323,7 @@ class PatchDiscriminator(torch.nn.Sequential):
 class MelDataset(Dataset):
     """Crops of the log-mel spectrograms of a `ClipDataset`, by the same keys `(epoch, index)`.
 
-    A crop is at least half sound where the sound is that long: of padding there is enough.
+    At least half of a crop is sound where the sound is long enough, so that padding is not seen too often.
 
     An item is `{"mel": (num_crop_frames, num_mel_bins), "num_frames": int, "index": int, "epoch": int}`, `num_frames`
     being how many of the crop's frames the sound reaches.
@@ -407,15 +415,27 @@ def write_table(path, clips, errors):
     write_atomically(path, file.getvalue().encode())
 
 
+def mel_dataset(clips, crop, num_frames, num_crop_frames, seed):
+    """Crops of `num_crop_frames` of clips that are cut or padded to `num_frames` first."""
+    num_samples = num_frames * MEL_HOP_LENGTH
+    dataset = ClipDataset(clips, sampling_rate=MEL_SAMPLING_RATE, num_samples=num_samples, crop=crop, seed=seed)
+    return MelDataset(dataset, num_crop_frames, seed)
+
+
 def start_weights(vae, dataset, num_crop_frames):
-    """Fit a new VAE to crops of the data: as a linear transform if it has room for one."""
+    """Fit a new VAE to crops of the data, as a linear transform if it is wide enough for one."""
     num_clips = max(1, NUM_START_FRAMES // num_crop_frames)
     indices = range(0, len(dataset), math.ceil(len(dataset) / num_clips))
     mels = torch.stack([dataset[(0, index)]["mel"] for index in indices]).unsqueeze(1)
     if can_initialise(vae):
         initialise(vae, mels)
-    else:  # log-mel values lie around -6, a long way for the optimizer to go
+    else:  # log-mel values lie around -6, which the optimizer would take long to reach
         torch.nn.init.constant_(vae.decoder.conv_out.bias, float(mels.mean()))
+
+
+def hinge_loss(real, fake):
+    """Loss of the discriminator, from its logits for spectrograms and for reconstructions."""
+    return 0.5 * (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
 
 
 def score_reconstruction(discriminator, reconstruction):
@@ -455,17 +475,10 @@ def train(args):
     train_clips, validation_clips = prepare_clips(
         clip_sources(args), accelerator, output_dir, args.num_workers, args.seed
     )
-
-    def mel_dataset(clips, crop, num_crop_frames):
-        num_samples = num_frames * MEL_HOP_LENGTH
-        dataset = ClipDataset(
-            clips, sampling_rate=MEL_SAMPLING_RATE, num_samples=num_samples, crop=crop, seed=args.seed
-        )
-        return MelDataset(dataset, num_crop_frames, args.seed)
-
-    dataset = mel_dataset(train_clips, args.crop, num_crop_frames)
-    scale_dataset = mel_dataset(select_clips(train_clips, args.num_scale_clips, args.seed), args.crop, num_frames)
-    validation_dataset = mel_dataset(validation_clips, "head", num_frames)
+    scale_clips = select_clips(train_clips, args.num_scale_clips, args.seed)
+    dataset = mel_dataset(train_clips, args.crop, num_frames, num_crop_frames, args.seed)
+    scale_dataset = mel_dataset(scale_clips, args.crop, num_frames, num_frames, args.seed)
+    validation_dataset = mel_dataset(validation_clips, "head", num_frames, num_frames, args.seed)
     if not args.pretrained_model_name_or_path:
         start_weights(vae, dataset, num_crop_frames)
     vae.to(device)
@@ -487,7 +500,7 @@ def train(args):
         discriminator_optimizer = torch.optim.AdamW(
             discriminator.parameters(),
             lr=args.discriminator_learning_rate,
-            betas=(0.5, args.adam_beta2),  # momentum would lag behind a moving opponent
+            betas=(0.5, args.adam_beta2),  # with momentum it would lag behind the VAE
             **options,
         )
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
@@ -517,10 +530,7 @@ def train(args):
         f"data: {len(train_clips)} clips, cut or padded to {num_frames} frames, {num_crop_frames} at a time; "
         f"validation: {len(validation_clips)}"
     )
-    logger.info(
-        f"{num_steps} steps of {step_size} clips ({num_steps * step_size / len(train_clips):.1f} epochs), from step "
-        f"{first_step}"
-    )
+    log_plan(first_step, num_steps, step_size, len(train_clips))
 
     # 4. The loop
     latent_shape = (vae.config.latent_channels, *(size // vae_factor(vae) for size in (num_crop_frames, NUM_MEL_BINS)))
@@ -556,8 +566,7 @@ def train(args):
             if is_adversarial:
                 with accelerator.autocast():
                     logits = discriminator(torch.cat([mel, reconstruction.detach()])).float()
-                real, fake = logits.chunk(2)  # (batch, 1, num_crop_frames / 8, num_mel_bins / 8) each
-                discriminator_loss = 0.5 * (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
+                discriminator_loss = hinge_loss(*logits.chunk(2))
                 figures[-1]["discriminator_loss"] = discriminator_loss
                 accelerator.backward(discriminator_loss)
                 discriminator_optimizer.step()

@@ -4,10 +4,11 @@ The result, `OUT/model`, is a transformers `SpeechT5HifiGan` for the mel spectro
 `training.train` everything random is drawn from keyed generators, so a run that was killed and resumed is bitwise
 equal to an unbroken one.
 
-A spectrogram says nothing of the phases of rain. A net that is asked for *the* waveform settles on what is least wrong
-on average, one click a frame, which is heard as a buzz. So the vocoder reads channels of noise beside the mel bands,
-starts as a noise vocoder (`training.noise_vocoder`), and makes two waveforms of each segment; the losses ask that the
-two be as far from each other as from the recording (`energy_distance`). Discriminators can be added.
+The phases of noise-like sounds do not follow from their spectrogram. A network trained by a distance to the recording
+converges to an average of all waveforms that fit, with one click a frame, which is heard as a buzz. So the vocoder
+reads channels of noise beside the mel bands, starts as a noise vocoder (`training.noise_vocoder`), and generates two
+waveforms of each segment; the losses want these two as far from each other as from the recording (`energy_distance`).
+Discriminators can be added.
 """
 
 import json
@@ -80,7 +81,7 @@ from .vocoder_losses import (
 
 logger = get_logger(__name__)
 
-# the released vocoder's, but half as wide and with the smallest of its kernels: 4.8 million parameters
+# the released vocoder's, but half as wide and with the smallest of its kernels: 4.3 million parameters
 VOCODER_CONFIG = {
     "sampling_rate": MEL_SAMPLING_RATE,
     "upsample_initial_channel": 512,
@@ -90,7 +91,7 @@ VOCODER_CONFIG = {
     "resblock_dilation_sizes": [[1, 3]],
     "normalize_before": False,
 }
-NUM_CONTEXT_FRAMES = 8  # on each side of a segment: its mel windows, and the VAE's view
+NUM_CONTEXT_FRAMES = 8  # on each side of a segment: for its mel windows and the VAE's receptive field
 MAX_GAIN_DB = 20  # of a quiet segment
 # what is drawn: after the seed the first number of a generator's key
 SEGMENTS, RECONSTRUCTION, VALIDATION, NOISE = range(4, 8)
@@ -98,59 +99,71 @@ SEGMENTS, RECONSTRUCTION, VALIDATION, NOISE = range(4, 8)
 
 def parse_args(argv=None):
     parser = build_parser(__spec__.name, "Train or fine-tune a HiFi-GAN vocoder on sounds.")
-    start = parser.add_argument_group("start", "random weights, unless a vocoder is given")
+    start = parser.add_argument_group("start", "a noise vocoder, unless another one is given")
     start.add_argument("--pretrained_model_name_or_path", help="vocoder to fine-tune: folder or Hub repo")
     start.add_argument(
-        "--config", help="JSON config of a SpeechT5HifiGan, whole or in part (default: 4.0 M parameters)"
+        "--config",
+        help="JSON file with arguments of SpeechT5HifiGanConfig that differ from the default's (default: 4.3 million "
+        "parameters)",
     )
-    start.add_argument("--upsample_initial_channel", type=int, help="its width, for short")
+    start.add_argument(
+        "--upsample_initial_channel", type=int, help="channels of the first layer, instead of a --config"
+    )
     start.add_argument(
         "--num_noise_channels",
         type=int,
         default=96,
-        help="inputs beside the mel bands, of white noise; a pipeline with this vocoder needs the same number as its "
-        "`num_noise_channels`. 0 makes a plain HiFi-GAN",
+        help="input channels of white noise beside the mel bands; a pipeline with this vocoder needs the same number "
+        "as its `num_noise_channels`. 0 gives a plain HiFi-GAN",
     )
-    start.add_argument("--discriminators", help="those of an earlier run: CHECKPOINT/model_1.safetensors")
+    start.add_argument("--discriminators", help="start from those of an earlier run, CHECKPOINT/model_1.safetensors")
 
-    data = add_data_arguments(parser, "all of it is kept in memory: 230 MB an hour")
+    data = add_data_arguments(parser, "all sounds are kept in memory: 230 MB an hour")
     data.add_argument("--caption_column", help="column of the caption, which must be there (default: by convention)")
     data.add_argument("--num_workers", type=int, default=2, help="threads that read sounds at the start")
-    data.add_argument("--num_segment_frames", type=int, default=48, help="length trained on, in frames of 10 ms")
-    data.add_argument("--vae", help="folder of an AutoencoderKL whose blur the vocoder is to undo")
+    data.add_argument("--num_segment_frames", type=int, default=48, help="length of a segment, in frames of 10 ms")
+    data.add_argument("--vae", help="folder of an AutoencoderKL whose reconstructions to train on")
     data.add_argument(
         "--proportion_reconstructed", type=float, default=0.5, help="share of mel spectrograms that go through --vae"
     )
     data.add_argument(
         "--train_decoder",
         action="store_true",
-        help="train the decoder of --vae along, on reconstructions only, so that nothing is left out that the vocoder "
-        "needs; the encoder stays, and with it all latents. The result is OUT/vae",
+        help="train the decoder of --vae together with the vocoder, on reconstructions only; the encoder, and with it "
+        "all latents, does not change. The result is OUT/vae",
     )
 
-    objective = parser.add_argument_group("objective", "the weights of the generator's losses")
-    objective.add_argument("--spectrogram_weight", type=float, default=1.0, help="of the energy distance of spectra")
-    objective.add_argument("--adversarial_weight", type=float, default=0.0, help="0 leaves the discriminators out")
-    objective.add_argument("--mel_weight", type=float, default=0.0, help="of that of log-mel spectrograms")
-    objective.add_argument("--feature_weight", type=float, default=0.0, help="of that of the discriminators' features")
-    objective.add_argument("--decoder_weight", type=float, default=5.0, help="of that of the decoder's spectrograms")
+    objective = parser.add_argument_group("objective", "weights of the generator's losses, which are energy distances")
+    objective.add_argument("--spectrogram_weight", type=float, default=1.0, help="of magnitude and complex spectra")
+    objective.add_argument(
+        "--adversarial_weight", type=float, default=0.0, help="of the hinge loss; 0 leaves the discriminators out"
+    )
+    objective.add_argument("--mel_weight", type=float, default=0.0, help="of log-mel spectrograms")
+    objective.add_argument("--feature_weight", type=float, default=0.0, help="of the discriminators' features")
+    objective.add_argument("--decoder_weight", type=float, default=5.0, help="of the decoder's spectrograms")
     add_pool_argument(objective)
     objective.add_argument(
-        "--stft_windows", type=int, nargs="+", default=[2048, 512, 128], help="a spectrogram discriminator each"
+        "--stft_windows",
+        type=int,
+        nargs="+",
+        default=[2048, 512, 128],
+        help="a spectrogram discriminator for each, in samples",
     )
     objective.add_argument(
-        "--periods", type=int, nargs="*", default=[], help="a period discriminator each: 2 3 5 7 11"
+        "--periods", type=int, nargs="*", default=[], help="a period discriminator for each; 2 3 5 7 11 are usual"
     )
-    objective.add_argument("--discriminator_channels", type=int, default=16, help="of their first layer")
+    objective.add_argument("--discriminator_channels", type=int, default=16, help="channels of their first layer")
 
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--train_batch_size", type=int, default=8, help="segments per process and step")
-    steps.add_argument("--max_train_steps", type=int, default=100000)
+    steps.add_argument("--max_train_steps", type=int, default=100000, help="length of the run")
     add_schedule_arguments(steps)
-    steps.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="5e-4 wins too early")
-    steps.add_argument("--ema_decay", type=float, default=0.999, help="of the average of the generator that is saved")
-    steps.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: accelerate's setting")
-    steps.add_argument("--profile_steps", type=int, help="log where the time of the first so many steps goes")
+    steps.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="at 5e-4 they win too early")
+    steps.add_argument(
+        "--ema_decay", type=float, default=0.999, help="decay of the moving average, which is what is saved"
+    )
+    steps.add_argument("--mixed_precision", choices=("no", "bf16"), help="autocast (default: accelerate's setting)")
+    steps.add_argument("--profile_steps", type=int, help="profile so many steps and log the table")
     parser.set_defaults(learning_rate=1e-4, lr_scheduler="cosine", adam_beta1=0.8, adam_beta2=0.99)
     parser.set_defaults(adam_weight_decay=0.0, max_grad_norm=10.0, gradient_accumulation_steps=1)
 
@@ -159,7 +172,7 @@ def parse_args(argv=None):
 
     validation = parser.add_argument_group("validation")
     validation.add_argument("--validation_steps", type=int, default=1000, help="steps between copy syntheses")
-    validation.add_argument("--num_validation_sounds", type=int, default=4, help="of them kept as WAV and PNG")
+    validation.add_argument("--num_validation_sounds", type=int, default=4, help="copy syntheses kept as WAV and PNG")
 
     add_report_arguments(parser)
 
@@ -185,7 +198,7 @@ def parse_args(argv=None):
     if args.num_noise_channels < 0:
         parser.error(f"--num_noise_channels has to be at least 0, not {args.num_noise_channels}")
     if not any((args.adversarial_weight, args.spectrogram_weight, args.mel_weight)):
-        parser.error("--adversarial_weight, --spectrogram_weight and --mel_weight are all 0: nothing would be learnt")
+        parser.error("--adversarial_weight, --spectrogram_weight and --mel_weight are all 0: nothing would train")
     if args.train_decoder and not args.vae:
         parser.error("--train_decoder needs --vae")
     num_samples = args.num_segment_frames * MEL_HOP_LENGTH
@@ -228,7 +241,7 @@ def load_vocoder(pretrained_model_name_or_path, config, upsample_initial_channel
 
 
 def load_vae(path, train_decoder, num_segment_frames):
-    """The VAE whose blur the vocoder is to undo, frozen but for its decoder if that trains too."""
+    """The VAE whose reconstructions the vocoder trains on, frozen but for its decoder if that trains too."""
     vae = AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
     factor = vae_factor(vae)
     if train_decoder and (num_segment_frames + 2 * NUM_CONTEXT_FRAMES) % factor:
@@ -255,13 +268,13 @@ def load_discriminators(path, stft_windows, periods, channels):
 
 
 class Generator(nn.Module):
-    """A `SpeechT5HifiGan`, run such that a step takes less time.
+    """A `SpeechT5HifiGan` with a faster forward and backward pass.
 
-    The same function of the same weights: its convolutions run as 2-D ones on channels-last tensors, for which the
-    CPU's kernels are faster, and nothing is kept twice for the backward pass. The last layer is always in float32:
-    a waveform of 8 bits would hiss.
+    The same function of the same weights: convolutions run as 2-D ones on channels-last tensors, for which CPU
+    kernels are faster, and no activation is stored twice. The last layer is always in float32: bfloat16 has 8
+    significant bits, and a waveform of 8 bits hisses.
 
-    With a `vae` it reads latents of segments with context, and its decoder is what comes first.
+    With a `vae` it reads latents of segments with context, which the VAE's decoder turns into mel spectrograms first.
     """
 
     def __init__(self, vocoder, vae=None):
@@ -297,7 +310,7 @@ class Generator(nn.Module):
             hidden = total / vocoder.num_kernels
         with torch.autocast(inputs.device.type, enabled=False):
             waveform = conv(vocoder.conv_post, F.leaky_relu(hidden.float())).tanh()[:, 0, 0]  # (batch, time)
-        return waveform[:, : inputs.shape[1] * MEL_HOP_LENGTH]  # the pipeline cuts the 32 samples at the end too
+        return waveform[:, : inputs.shape[1] * MEL_HOP_LENGTH]  # the pipeline cuts the 32 extra samples too
 
 
 def conv(layer, hidden):
@@ -317,9 +330,9 @@ def conv(layer, hidden):
 class Segments(Dataset):
     """Random parts of sounds held in memory. Items are asked for by `(epoch, index)`, on which alone they depend.
 
-    A sound has the level that the VAE was trained on (peak 0.5), reflected context before its start and silence after
-    its end, for sounds in a pipeline end in it. A quiet segment is made louder by a random part of what brings its
-    peak to 0.5, but for no more than `MAX_GAIN_DB`.
+    A sound has the level that the VAE was trained on (peak 0.5), reflection padding before its start and silence after
+    its end, as sounds in a pipeline do. A quiet segment is amplified by a random share, in decibels, of what would
+    bring its peak to 0.5, or of `MAX_GAIN_DB` if that is less.
 
     An item holds `waveform`, of shape `((num_frames + 2 * NUM_CONTEXT_FRAMES) * hop,)`, `index` and `epoch`.
     """
@@ -353,14 +366,14 @@ class Segments(Dataset):
 
 
 def read_clip(clip):
-    """The whole sound with peak 0.5, and at least as long as the context that is reflected before it."""
+    """The whole sound with peak 0.5, and long enough for the reflection padding before it."""
     waveform = read_waveform(clip, MEL_SAMPLING_RATE)
     return normalise(waveform, max(len(waveform), NUM_CONTEXT_FRAMES * MEL_HOP_LENGTH + 1))
 
 
 @torch.no_grad()
 def reconstruct(vae, mel, generators):
-    """Mel spectrograms through the VAE, by a sample of the posterior with one generator each."""
+    """Reconstructions of mel spectrograms by the VAE, from a sample of the posterior with one generator each."""
     num_frames = mel.shape[1]
     mel = F.pad(mel.transpose(1, 2), (0, -num_frames % vae_factor(vae)), mode="replicate").transpose(1, 2)
     posterior = vae.encode(mel.unsqueeze(1)).latent_dist
@@ -376,8 +389,9 @@ def inputs_of(batch, vae, device, *, seed, num_noise_channels, proportion_recons
     spectrograms `(batch, num_frames, num_mel_bins)` that belong to it.
 
     The generator reads two mel spectrograms of each segment, `(2 * batch, num_frames, num_mel_bins)`, first all of one
-    draw, and noise `(2 * batch, num_frames, num_noise_channels)`. The two differ by the noise, and by the draw of the
-    posterior where they went through the VAE. With `train_decoder` it reads latents instead, with context.
+    draw, and noise `(2 * batch, num_frames, num_noise_channels)`. The two differ in the noise, and in the sample of
+    the posterior where they are reconstructions of the VAE. With `train_decoder` it reads latents instead, with
+    context.
     """
     waveform = torch.stack(batch["waveform"]).to(device)
     keys = list(zip(batch["epoch"], batch["index"]))
@@ -409,9 +423,9 @@ def copy_synthesis(vocoder, mel, noise, waveform):
     """Vocode `mel` and compare with the recording, all of batch size 1.
 
     Returns:
-        The waveform made, the mean absolute error of its log-mel spectrogram, and that of its log magnitudes, mean
-        over STFTs of 2048, 512 and 128 samples. Two draws of one noise already differ
-        in the latter by ln 2 on average (half the mean of a standard logistic variable's absolute value).
+        The generated waveform, the mean absolute error of its log-mel spectrogram, and that of its log magnitudes,
+        mean over STFTs of 2048, 512 and 128 samples. Two draws of one noise already differ in the latter by ln 2 on
+        average (half the mean of a standard logistic variable's absolute value).
     """
     made = vocoder(torch.cat([mel, noise], dim=2))[:, : waveform.shape[1]]
     errors = []
@@ -476,26 +490,26 @@ def save_result(args, vocoder, vae, summary):
 # Training
 
 
-def generator_losses(weights, judges, made, mel, waveform, recorded, pool_frames):
+def generator_losses(weights, discriminators, made, mel, waveform, recorded, pool_frames):
     """Losses of the generator by name, those of weight 0 left out, and `mel_error`, which is only measured.
 
     Args:
         weights (`dict[str, float]`): of the losses by name.
-        judges (`Discriminators`): unwrapped, for gradients of their input only, in which DDP has no part.
-        made, mel (`torch.Tensor`): two waveforms of each segment and the mel spectrograms they are of.
+        discriminators (`Discriminators`): unwrapped, since they get no gradients for DDP to wait for.
+        made, mel (`torch.Tensor`): two generated waveforms of each segment, and their mel spectrograms.
         waveform, recorded (`torch.Tensor`): the segments and their mel spectrograms.
     """
     losses = {}
     if weights["adversarial_loss"]:
-        judges.requires_grad_(False)
-        fake = judges(made)
+        discriminators.requires_grad_(False)
+        fake = discriminators(made)
         losses["adversarial_loss"] = adversarial_loss(fake)
         if weights["feature_loss"]:
             with torch.no_grad():
-                real = judges(waveform)
+                real = discriminators(waveform)
             halves = ([[m.chunk(2)[half] for m in maps] for maps in fake] for half in (0, 1))
             losses["feature_loss"] = energy_distance(feature_distance, real, *halves)
-        judges.requires_grad_(True)
+        discriminators.requires_grad_(True)
     first, second = made.chunk(2)
     with torch.no_grad():
         losses["mel_error"] = mel_loss(first, waveform)
@@ -564,7 +578,7 @@ def train(args):
     generator, discriminators, generator_optimizer, discriminator_optimizer = accelerator.prepare(
         generator, discriminators, generator_optimizer, discriminator_optimizer
     )
-    judges = accelerator.unwrap_model(discriminators)
+    unwrapped = accelerator.unwrap_model(discriminators)
     ema = make_ema(accelerator, parameters, args.ema_decay)
     accelerator.register_for_checkpointing(*lr_schedulers)  # stepped by hand
 
@@ -577,9 +591,10 @@ def train(args):
         dataset, accelerator, range(first_step, num_steps), seed=args.seed, batch_size=args.train_batch_size
     )
     hours = sum(map(len, dataset.waveforms)) / MEL_SAMPLING_RATE / 3600
+    num_parameters, num_more = (sum(p.numel() for p in each) for each in (parameters, unwrapped.parameters()))
     logger.info(
-        f"training a vocoder of {sum(map(torch.Tensor.numel, parameters)):,} parameters against "
-        f"{sum(map(torch.Tensor.numel, judges.parameters())):,} on {device}, {accelerator.num_processes} process(es)"
+        f"training a vocoder of {num_parameters:,} parameters and discriminators of {num_more:,} on {device}, "
+        f"{accelerator.num_processes} process(es)"
     )
     logger.info(
         f"data: {len(train_clips)} clips, {hours:.2f} h; validation: {len(validation_clips)}; steps "
@@ -612,7 +627,7 @@ def train(args):
         )
         made, mel = generator(inputs, noise)
         figures = {}
-        if args.adversarial_weight:  # discriminators first, on recorded and made ones in one pass
+        if args.adversarial_weight:  # discriminators first, on recorded and generated waveforms in one pass
             judged = discriminators(torch.cat([waveform, made.detach()]))
             sizes = [len(waveform), len(made)]
             real, fake = ([[m.split(sizes)[part] for m in maps] for maps in judged] for part in (0, 1))
@@ -620,7 +635,7 @@ def train(args):
             accelerator.backward(figures["discriminator_loss"])
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
-        losses = generator_losses(weights, judges, made, mel, waveform, recorded, args.pool_frames)
+        losses = generator_losses(weights, unwrapped, made, mel, waveform, recorded, args.pool_frames)
         loss = sum(weights[name] * value for name, value in losses.items() if name in weights)
         accelerator.backward(loss)
         figures |= losses

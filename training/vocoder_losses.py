@@ -26,14 +26,15 @@ def discriminator_loss(real, made):
 
 
 def adversarial_loss(made):
+    """The generator's side of the hinge loss."""
     return -sum(features[-1].mean() for features in made)
 
 
 def energy_distance(distance, real, first, second):
-    """Energy distance of what was made to what was recorded, but for a constant, from two sounds made of one input.
+    """Energy distance of generated sounds to recorded ones up to a constant, from two sounds generated of one input.
 
-    `2 E d(made, real) - E d(made, made')` is least where the made ones are distributed as the real ones, if `d` is a
-    sum of Euclidean norms: being in the middle of all that could be does not pay, as it does for `E d(made, real)`.
+    `2 E d(made, real) - E d(made, made')` has its minimum where generated and recorded sounds have one distribution,
+    if `d` is a sum of Euclidean norms. The minimum of `E d(made, real)` is their median instead.
     Source: Gritsenko et al. 2020, arXiv 2008.01160, equation 4.
     """
     return distance(first, real) + distance(second, real) - distance(first, second)
@@ -49,19 +50,19 @@ def band_filters():
         )
         filters = torch.tensor(filters / filters.sum(0), dtype=torch.float32)
         window = torch.hann_window(length)
-        result.append((window / window.square().sum().sqrt(), filters))  # white noise is as loud in each
+        result.append((window / window.square().sum().sqrt(), filters))  # white noise has one level in all
     return result
 
 
 def spectra(waveform):
-    """Four pictures for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
+    """Four features for each window of 8 to 128 ms: logarithms of mean magnitudes in mel bands, (batch, num_bands,
     num_frames), since single bins of noise say little about the noise; the compressed complex spectrum,
-    (batch, 2, num_frames, num_bins), in which a sound that is made alike each time is nowhere near its like; and how
-    rough the waveform is, that is by how much the mean over all bands, or over each eight, and its change from frame
-    to frame deviate in time, (batch, 1, 2 * num_means), if there are three frames.
+    (batch, 2, num_frames, num_bins), in which two draws of one noise are far apart; and, twice, the roughness of the
+    waveform: the standard deviation in time of the mean over all bands, or over each eight, and of its change from
+    frame to frame, (batch, 1, 2 * num_means), if there are three frames.
 
-    The roughness is there because the norms of many bands hardly tell whether they rise and fall together. In noise
-    they do not; where they do it is heard as grains.
+    The norms of many bands hardly tell whether the bands rise and fall together. In noise they do not; where they do
+    it is heard as graininess, which the roughness measures.
     """
     result = []
     for window, filters in band_filters():
@@ -90,7 +91,7 @@ def spectral_distance(a, b):
 
 
 def feature_distance(a, b):
-    """Mean absolute difference of feature maps, each in units of its mean, or deep maps would hardly count.
+    """Mean absolute difference of feature maps, each relative to its mean, so that deep maps have weight.
 
     Source: EnCodec (Defossez et al. 2022, arXiv 2210.13438), section 3.4.
     """
@@ -101,7 +102,7 @@ def feature_distance(a, b):
 def compressed_spectrum(waveform, window_length):
     """Complex STFT with its amplitudes to the power 0.3, smooth at 0: (batch, 2, num_frames, num_bins).
 
-    The compression makes quiet partials and noise count beside loud ones, as they do for the ear.
+    The compression gives weight to quiet partials and noise beside loud ones, as hearing does.
     """
     window = torch.hann_window(window_length, device=waveform.device)
     spectrum = torch.stft(
@@ -122,8 +123,8 @@ def compressed_spectrum(waveform, window_length):
 
 
 class Discriminator(nn.Module):
-    """Tells recordings from made waveforms by a picture of them, which `picture_of` draws. Returns the feature maps of
-    its layers; the last one is the score of each place, positive for a recording."""
+    """Tells recordings from generated waveforms by a 2-D representation, which `picture_of` computes. Returns the
+    feature maps of its layers; the last one is the score of each place, positive for a recording."""
 
     def __init__(self, layers):
         super().__init__()
