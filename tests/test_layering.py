@@ -111,6 +111,13 @@ def test_leaves_import_nothing_of_ours():
             assert not {name for name in imports(path) if name.split(".")[0] in OURS}
 
 
+def test_evaluation_imports_nothing_of_the_trainers():
+    paths = [*(ROOT / "training" / "evaluation").glob("*.py")]
+    paths += [ROOT / "training" / f"{name}.py" for name in ("evaluate", "listening_test", "copy_synthesis")]
+    for path in paths:
+        assert not {name for name in imports(path) if name.startswith("training.train")}, path
+
+
 def test_there_are_no_catch_all_modules():
     names = {path.name for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py")}
     assert not names & {"utils.py", "helpers.py", "common.py", "misc.py"}

@@ -18,6 +18,7 @@ from pipeline_tango import TANGO_TINY, TangoPipeline, log_mel_spectrogram
 from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
+from .arguments import program_name
 from .data import normalise, read_manifest, read_waveform
 from .evaluation.items import check_sound_reader
 
@@ -46,14 +47,9 @@ def copy(pipe, waveform, seeds):
     return *made, float((decoded - mel).abs().mean())
 
 
-def program_name():
-    started = Path(sys.argv[0]).stem
-    return started if started.startswith("tango-") else f"python -m {__spec__.name}"
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog=program_name(),
+        prog=program_name(__spec__.name),
         description="Copy synthesis: write recordings as OUT/recordings/ID.wav, through the vocoder as "
         "OUT/vocoder/ID-TAKE.wav, and through VAE and vocoder as OUT/vae/ID-TAKE.wav, ID being the name of the "
         "recording's file; and print the VAE's mean absolute error. Takes differ in the noise input of the vocoder. "

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pipeline_tango import SCHEDULERS
 from pipeline_tango.sound_files import write_atomically
 
+from .arguments import HelpFormatter, program_name
 from .data import select_clips
 from .evaluation.generation import GenerationSettings, check_schedulers, collect_sounds, generate, plan_sweep
 from .evaluation.items import (
@@ -66,27 +67,16 @@ WEIGHTS = {
 }
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a default where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, [], "") else super()._get_help_string(action)
-
-
-def program_name():
-    started = Path(sys.argv[0]).stem
-    return started if started.startswith("tango-") else f"python -m {__spec__.name}"
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
-        prog=program_name(),
+        prog=program_name(__spec__.name),
         description="Generate sounds for a list of prompts, and measure their similarity to reference recordings and "
         "to the prompts. A listener, which is a pretrained audio classifier or CLAP, computes an embedding and class "
         "posteriors of each sound; the metrics are computed from these. Writes results.md, the same figures as CSV, "
         "and plots of sweeps.",
-        epilog=f"`accelerate launch -m {__spec__.name} ...`, on CPUs `torchrun --nproc_per_node N -m {__spec__.name} "
-        "...`, distributes the generation over processes. The same command resumes an interrupted run.",
+        epilog=f"`accelerate launch -m {__spec__.name} ...` distributes the generation over devices, and `torchrun "
+        f"--nproc_per_node N -m {__spec__.name} ...` over processes on CPUs. The same command resumes an interrupted "
+        "run.",
         formatter_class=HelpFormatter,
     )
     what = parser.add_argument_group("input and output")
@@ -142,7 +132,7 @@ def build_parser():
     )
     sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
     sounds.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling"
+        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling (default: 0)"
     )
     sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds per batch of a process")
     sounds.add_argument(
@@ -376,7 +366,7 @@ def evaluate(args):
         batch_size=args.batch_size,
         num_problems=len(problems),
     )
-    command = f"{program_name()} {shlex.join(sys.argv[1:])}"
+    command = f"{program_name(__spec__.name)} {shlex.join(sys.argv[1:])}"
     text = as_markdown(tables, description, args.listener, args.rank_by, pictures, command)
     write_atomically(output_dir / "results.md", text.encode())
     shown = text.split("## By group")[0].split("## Comparison")[0].strip()

@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
+from .arguments import program_name
 from .data import Clip, read_waveform, select_clips
 from .evaluation.items import check_sound_reader, find_manifest, find_readable, read_generated, read_items
 from .evaluation.measuring import set_level
@@ -37,14 +38,9 @@ SCALES = {"ovl": "overall quality", "rel": "relevance"}
 PAGE = Path(__file__).with_suffix(".html")
 
 
-def program_name():
-    started = Path(sys.argv[0]).stem
-    return started if started.startswith("tango-") else f"python -m {__spec__.name}"
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog=program_name(),
+        prog=program_name(__spec__.name),
         description="Build a listening test as one HTML page, or summarize its answers as means with intervals.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

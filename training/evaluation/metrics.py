@@ -77,8 +77,8 @@ def frechet_warning(num_x, num_y, dim):
     """A warning if the number of embeddings biases the Frechet distance, else None."""
     if min(num_x, num_y) <= dim:
         return (
-            f"{min(num_x, num_y)} embeddings of {dim} dimensions: the covariance is singular and the distance "
-            "strongly biased upwards; compare it only with distances at the same counts"
+            f"{min(num_x, num_y)} embeddings of {dim} dimensions: the covariance is singular and the distance far too "
+            "large; compare it only with distances at the same counts"
         )
     return None
 
