@@ -132,7 +132,7 @@ def build_parser():
     )
     sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
     sounds.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling"
     )
     sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds per batch of a process")
     sounds.add_argument(
