@@ -12,7 +12,8 @@ class BlockedAttnProcessor(AttnProcessor2_0):
 
     For bfloat16 on CPUs, where torch 2.13 multiplies matrices several times faster than in float32 but its attention
     is no faster: `pipe.unet.set_attn_processor(BlockedAttnProcessor())`. Scores are rounded to the dtype of the
-    queries. Cross-attention, a compiled UNet and training use `AttnProcessor2_0`, which also undoes it when set.
+    queries. Cross-attention, a compiled UNet and training use `AttnProcessor2_0`, and so does the UNet
+    once that is set again.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):

@@ -1,8 +1,4 @@
-"""Checks of the inputs of a call, by subject: every `ValueError` of a call is raised here.
-
-`read_*` check an argument that has several forms and return it in one, `check_*` return nothing. All raise a
-`ValueError` that names the argument in backticks, says what is accepted, and what came.
-"""
+"""Checks of the inputs of a call, by subject: `read_*` return an argument in one form, `check_*` only raise."""
 
 import inspect
 import math

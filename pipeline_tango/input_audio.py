@@ -81,7 +81,7 @@ class PlacedAudio:
         return TRAINING_PEAK / self.peak  # (batch, 1)
 
     def encoder_inputs(self, num_samples):
-        """Each clip at the level that the VAE was trained on, extended to `num_samples`, with its gaps filled."""
+        """Each clip at the level that the VAE was trained on, extended to `num_samples`, its masked regions filled."""
         masks = np.zeros_like(self.waveform, dtype=bool) if self.mask is None else self.mask
         num_given = self.waveform.shape[1]
         for given, mask, mean, gain in zip(self.waveform, masks, self.mean, self.gain):

@@ -112,7 +112,7 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
         """Save the LoRA layers of the UNet in the format that `load_lora_weights` reads.
 
         Args:
-            save_directory (`str` or `os.PathLike`): folder, made if missing.
+            save_directory (`str` or `os.PathLike`): folder, created if missing.
             unet_lora_layers (`dict[str, torch.Tensor]` or `torch.nn.Module`): for example
                 `peft.utils.get_peft_model_state_dict(unet)`.
             is_main_process (`bool`, *optional*, defaults to `True`): `False` on the other processes of a

@@ -434,10 +434,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         guidance_interval=(0.0, 1.0),
     ):
         """Raise a `ValueError` that names the argument for everything that is known to be wrong before a model runs.
-        Arguments as in `__call__`.
+        Arguments as in `__call__`, `audio` also as [`AudioClips`], which are not checked again.
 
         Returns:
-            What `__call__` goes on with: the [`WindowPlan`], for each sound its texts over time as lists of `(seconds,
+            What `__call__` needs next: the [`WindowPlan`], for each sound its texts over time as lists of `(seconds,
             text)`, and the [`InputAudio`], `None` without `audio`.
         """
         check_components(self)

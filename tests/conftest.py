@@ -6,8 +6,10 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub client is imported: no test may reach a network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts the tests in the background
 
+import math  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
@@ -15,15 +17,22 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa
 from evaluation_runs import write_recordings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from savedmodel import random_weights, write_yamnet  # noqa: E402
+from scipy.io import wavfile  # noqa: E402
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
 
-from pipeline_tango import TangoPipeline  # noqa: E402
+from pipeline_tango import SCHEDULERS, TangoPipeline  # noqa: E402
 
 
 # models this small only lose by sharing work between threads; and bytes can depend on the number of threads
 torch.set_num_threads(1)
 
 GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
+RATE = 16000
+SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
+QUICK = {"num_inference_steps": 2, "guidance_scale": 1.0}
+WINDOW = 0.32  # 8 latent frames
+MOVING = [(0.0, "rain"), (0.6, "dog")]
+LONG = {"audio_length_in_s": 0.6, "window_length_in_s": 0.32}  # 3 windows
 
 
 def golden(name):
@@ -132,6 +141,51 @@ def build_components():
     }
 
 
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def noise(num_samples, seed=0, level=0.1):
+    return level * np.random.default_rng(seed).standard_normal(num_samples).clip(-4, 4)
+
+
+def level_db(signal):
+    return 10 * math.log10(np.mean(np.asarray(signal, np.float64) ** 2))
+
+
+def largest_difference(a, b):
+    return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
+
+
+def read_wav(name, num_samples=None):
+    _, samples = wavfile.read(GOLDENS / "golden" / "wav" / name)
+    return torch.from_numpy(samples[:num_samples].astype(np.float32) / 32768)
+
+
+def latents_of(pipe, prompt="rain", num_inference_steps=4, **options):
+    options = {"audio_length_in_s": 0.3} | options
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=options.pop("guidance_scale", 3.0),
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).audios
+
+
+def count_rows(module):
+    """A list that gets the number of rows of each call of `module`."""
+    rows = []
+    module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    return rows
+
+
+def set_scheduler(pipe, name, **config):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **config)
+
+
 @pytest.fixture
 def fresh_accelerate():
     """For tests that call a training script: neither accelerate's state nor a signal handler outlives them."""
@@ -193,5 +247,31 @@ def measure(yamnet_folder, recordings, tmp_path):
         flags += [f"--references={references}"] if references else []
         assert main([str(flag) for flag in [*flags, "--num_resamples=20", "--device=cpu"]]) == status
         return tmp_path / output
+
+
+@pytest.fixture(scope="module")
+def shared_pipe():
+    pipe = TangoPipeline(**build_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def guarded_pipe():
+    """A pipeline whose models must not run."""
+    pipe = TangoPipeline(**build_components())
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder):
+        model.register_forward_pre_hook(lambda *args: pytest.fail("a model ran before the inputs were checked"))
+    return pipe
+
+
+@pytest.fixture
+def call(shared_pipe):
+    """Calls the pipeline with `audio` at 16 kHz and seed 0, and returns the sounds or latents."""
+
+    def run(prompt="rain", audio=None, pipe=shared_pipe, **options):
+        if audio is not None:
+            options = {"audio": audio, "audio_sampling_rate": RATE} | options
+        return pipe(prompt, **({"generator": seeds(0)[0]} | QUICK | options)).audios
 
     return run
