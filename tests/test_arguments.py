@@ -121,7 +121,7 @@ NUMBERS = {  # flag -> values that make no sense
     },
     "train_autoencoder": {
         "--kl_weight": ("nan", "-1"),
-        "--length_factors": ("0", "nan"),
+        "--length_factors": ("inf", "nan"),
         "--audio_length_in_s": ("nan",),
     },
     "train_vocoder": {"--mel_weight": ("nan", "-1"), "--num_segment_frames": ("0",), "--periods": ("0",)},

@@ -16,6 +16,7 @@ from training.run import (
     find_checkpoints,
     load_checkpoint,
     make_ema,
+    make_folder,
     mean_figures,
     progress_bar,
     read_log,
@@ -249,15 +250,21 @@ def test_folders_and_files_of_others_are_moved_out_of_the_way_of_results(acceler
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "best" / "README.md").write_text("Trained with `training.train` of pipeline-tango.")
-    (tmp_path / "logs").write_text("a file")
     (tmp_path / "lora").write_text("a file")
     clear_the_way(tmp_path, ("best", "model", "lora"))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"best", "model.bak", "vae", "samples", "logs.bak", "lora.bak"}
+    assert names == {"best", "model.bak", "vae", "samples", "lora.bak"}
     (tmp_path / "samples" / "step-1").write_text("a file")
     write_sound(tmp_path / "samples" / "step-1", "1", np.zeros(16000, np.float32), 16000, "x")
     assert (tmp_path / "samples" / "step-1" / "1.wav").exists()
     assert (tmp_path / "samples" / "step-1.bak").read_text() == "a file"
+
+
+def test_a_file_in_the_way_of_a_folder_is_renamed(tmp_path):
+    (tmp_path / "samples").write_text("mine")
+    make_folder(tmp_path / "samples" / "step-1")
+    assert (tmp_path / "samples" / "step-1").is_dir() and (tmp_path / "samples.bak").read_text() == "mine"
+    make_folder(tmp_path / "samples" / "step-1")
 
 
 def test_figures_are_means_over_accumulation_steps_and_have_to_be_finite(accelerator):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from pipeline_tango import log_mel_spectrogram
 
 from .batches import shared_indices
 from .objective import empty_prompt_rows, sample_noise
-from .run import set_aside
+from .run import make_folder, set_aside
 
 
 class Encoders:
@@ -158,12 +157,9 @@ class LatentCache:
     def put(self, key, tensors):
         """Store a `dict[str, torch.Tensor]`, in place of any that `key` had."""
         path = self.path(key)
-        with suppress(FileNotFoundError):  # where another process was faster
-            if path.parent.exists() and not path.parent.is_dir():
-                set_aside(path.parent)
-            if path.is_dir():
-                set_aside(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        if path.is_dir():
+            set_aside(path)
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"key": key})
         partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")
         try:

@@ -106,8 +106,19 @@ def set_aside(path):
     """Rename what is in the way and not ours, such that nothing is lost."""
     names = (path.with_name(f"{path.name}.bak{i}") for i in ["", *range(2, 1000)])
     free = next(name for name in names if not os.path.lexists(name))
-    os.rename(path, free)
+    try:
+        os.rename(path, free)
+    except FileNotFoundError:  # another process was faster
+        return
     logging.getLogger(__name__).warning(f"{path} was not written by this program and is in the way: renamed to {free}")
+
+
+def make_folder(folder):
+    """Make a folder and the one above it. A file in the way of either is set aside."""
+    for path in (folder.parent, folder):
+        if os.path.lexists(path) and not path.is_dir():
+            set_aside(path)
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def save_checkpoint(accelerator, output_dir, step, settings, total_limit=None):
@@ -297,6 +308,8 @@ def open_log(accelerator, output_dir, args, first_step, project, results=("best"
         write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
     log = Log(output_dir / "log.jsonl", first_step, accelerator)
     if args.report_to != "none":
+        if accelerator.is_main_process:
+            make_folder(output_dir / "logs")
         accelerator.init_trackers(project, config={name: str(value) for name, value in vars(args).items()})
     return log
 
@@ -387,11 +400,9 @@ def averaged(ema, parameters):
 
 
 def clear_the_way(output_dir, results):
-    """Set aside what has the name of a folder that the run will write and is somebody else's: files, and of `results`
-    also folders without our card."""
-    for name in ("samples", "validation", "logs", *results):
-        path = output_dir / name
-        if os.path.lexists(path) and not (path.is_dir() and (name not in results or is_result(path))):
+    """Set aside what has the name of a result that the run will write and has not our card."""
+    for path in (output_dir / name for name in results):
+        if os.path.lexists(path) and not (path.is_dir() and is_result(path)):
             set_aside(path)
 
 
@@ -438,9 +449,7 @@ def keep_strangers(old, new):
 
 def write_sound(folder, name, audio, sampling_rate, title):
     """A validation sound as `name.wav` and, with matplotlib, its spectrogram as `name.png`."""
-    if os.path.lexists(folder) and not folder.is_dir():
-        set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / f"{name}.wav", encode_wav(audio, sampling_rate))
     try:
         write_atomically(folder / f"{name}.png", draw_spectrogram(audio, sampling_rate, title))

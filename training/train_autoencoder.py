@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import Dataset
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.flags import COUNT, INDEX, NOT_NEGATIVE, POSITIVE
+from pipeline_tango.flags import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, Number
 from pipeline_tango.mel import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
@@ -50,6 +50,7 @@ from .run import (
     load_checkpoint,
     log_plan,
     make_ema,
+    make_folder,
     mean_figures,
     open_log,
     progress_bar,
@@ -123,7 +124,7 @@ def parse_args(argv=None):
     data.add_argument("--num_crop_frames", type=COUNT, default=128, help="frames of a training crop")
     data.add_argument(
         "--length_factors",
-        type=POSITIVE,
+        type=Number(float),
         nargs="+",
         default=[0.5, 1, 2],
         metavar="F",
@@ -396,7 +397,7 @@ def save_result(args, accelerator, vae, dataset, name, summary):
 
 def write_table(path, clips, errors):
     """CSV of the error of each clip, the worst first."""
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(("file_name", "mean_absolute_error"))
