@@ -24,6 +24,7 @@ from .sound_files import (
     AudioFileError,
     draw_spectrogram,
     encode_wav,
+    is_own_picture,
     read_audio,
     remove_leftovers,
     write_atomically,
@@ -274,7 +275,10 @@ def parse_arguments(argv):
     )
     parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
-        "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="WAV file, replaced if it is there (default: tango.wav); with --prompts a folder",
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
@@ -374,12 +378,15 @@ def parse_arguments(argv):
     several.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line (# starts a comment), or JSON lines with prompt and optionally negative_prompt, "
-        "seconds, steps, guidance, seed, name. The output folder gets 00001.wav ... (or the names) and "
-        "manifest.jsonl; sounds that it already holds are skipped",
+        help="one prompt a line (# starts a comment), or JSON lines or a CSV file with prompt and optionally "
+        "negative_prompt, seconds, steps, guidance, seed, name. The output folder gets 00001.wav ... (or the names) "
+        "and manifest.jsonl; sounds that it already holds are skipped",
     )
     several.add_argument(
-        "--overwrite", action="store_true", help="replace sounds in the folder that were generated with other settings"
+        "--overwrite",
+        action="store_true",
+        help="replace sounds in the folder that were generated with other settings, and files that are not the "
+        "command's; without a list the files of --takes, and pictures beside sounds",
     )
     several.add_argument(
         "--batch_size",
@@ -558,12 +565,14 @@ def load_pipeline(args, device, dtypes):
 
 
 def check_files(args, sounds, paths):
-    """The files of single sounds can be written. Those whose very names were given are replaced, others are not."""
+    """The files of single sounds can be written. Those whose very names were given are replaced, and so are earlier
+    spectrograms; others are not."""
     for sound in sounds:
-        for path in paths[sound["file"]]:
+        wav, *pictures = paths[sound["file"]]
+        for path in (wav, *pictures):
             check_writable(path)
-            is_named = path == Path(args.spectrogram or "") or (path.suffix == ".wav" and args.takes == 1)
-            if path.exists() and not is_named and not args.overwrite:
+            is_named = args.takes == 1 if path == wav else bool(args.spectrogram)
+            if path.exists() and not (args.overwrite or is_named or (path in pictures and is_own_picture(path))):
                 raise FolderError(f"{path} is there already: give another name with -o, or --overwrite to replace it")
 
 

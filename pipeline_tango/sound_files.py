@@ -15,6 +15,7 @@ from importlib.util import find_spec
 RIFF_NAMES = (b"RIFF", b"RIFX", b"RF64")
 UNKNOWN_SIZE = 2**31 - 2**16  # sizes from here on stand for "not known yet" in headers of pipes and recorders
 SIZE_TOLERANCE = 128  # bytes by which headers of whole files are wrong, whose writers counted the header too
+PICTURE_SOFTWARE = "pipeline-tango"  # in the metadata of a spectrogram
 SIZE_OF_DATA = re.compile(r"^\s*(?:SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 STALE_AFTER_IN_S = 3600  # a temporary file that nobody has written to for that long is a killed process's
 
@@ -118,7 +119,7 @@ def check_size(name, said, found):
 
 
 def with_complete_header(stream, name):
-    """The stream of a sound, or one in which the sizes in a WAV file's header are filled in if they never were.
+    """The stream of a sound, with the sizes in a WAV file's header filled in if they never were.
 
     Raises:
         AudioFileError: naming `name`, if a WAV file is shorter than its header says.
@@ -128,7 +129,7 @@ def with_complete_header(stream, name):
     riff = stream.read(12)
     if riff[:4] not in RIFF_NAMES or riff[8:] != b"WAVE":
         stream.seek(0)
-        return stream
+        return SoundStream(stream, {})
     order = ">" if riff[:4] == b"RIFX" else "<"
     riff_size = struct.unpack(order + "I", riff[4:8])[0]
     position, large_size, replaced = 12, None, {}
@@ -154,15 +155,12 @@ def with_complete_header(stream, name):
         position += size + size % 2
         stream.seek(position)
     stream.seek(0)
-    return (
-        Overlay(stream, {at: struct.pack(order + "I", value) for at, value in replaced.items()})
-        if replaced
-        else stream
-    )
+    return SoundStream(stream, {at: struct.pack(order + "I", value) for at, value in replaced.items()})
 
 
-class Overlay(io.RawIOBase):
-    """A binary stream with other bytes in some places: `{position: bytes}`."""
+class SoundStream(io.RawIOBase):
+    """A binary stream with other bytes in some places, `{position: bytes}`. To seek where damaged headers point to
+    does nothing: soundfile would print a traceback of what is raised there."""
 
     def __init__(self, stream, replaced):
         self.stream, self.replaced = stream, replaced
@@ -174,12 +172,17 @@ class Overlay(io.RawIOBase):
         return True
 
     def seek(self, offset, whence=io.SEEK_SET):
-        return self.stream.seek(offset, whence)
+        try:
+            return self.stream.seek(offset, whence)
+        except (OSError, ValueError):
+            return self.tell()
 
     def tell(self):
         return self.stream.tell()
 
     def readinto(self, buffer):
+        if not self.replaced:
+            return self.stream.readinto(buffer)
         first = self.stream.tell()
         content = bytearray(self.stream.read(len(buffer)))
         for at, replacement in self.replaced.items():
@@ -239,8 +242,14 @@ def draw_spectrogram(audio, sampling_rate, title):
     axes.set_title(textwrap.fill(textwrap.shorten(title, 200, placeholder=" ..."), 90), parse_math=False)
     figure.colorbar(picture, label="Level (dB, full-scale sine = 0)", pad=0.01)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": PICTURE_SOFTWARE})
     return content.getvalue()
+
+
+def is_own_picture(path):
+    """Whether `draw_spectrogram` made a file."""
+    with open(path, "rb") as file:
+        return f"Software\0{PICTURE_SOFTWARE}".encode() in file.read(2**12)
 
 
 def write_atomically(path, content):

@@ -17,10 +17,12 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
+from pipeline_tango.sound_files import beside, draw_spectrogram, encode_wav, remove_leftovers, write_atomically
 
 
 logger = get_logger(__name__)
+
+RESULTS = ("args.json", "log.jsonl", "log.txt", "model", "lora", "vae")  # what a training run replaces
 
 
 def run(command, args):
@@ -37,6 +39,7 @@ def run(command, args):
 
 def start(output_dir, mixed_precision, report_to, gradient_accumulation_steps=1):
     """The `Accelerator` of a run, whose output folder it makes."""
+    check_output_dir(output_dir, RESULTS)
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         mixed_precision=mixed_precision,
@@ -49,6 +52,24 @@ def start(output_dir, mixed_precision, report_to, gradient_accumulation_steps=1)
         output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def check_output_dir(output_dir, names):
+    """None of the named files and folders, which a run replaces, is there without the `args.json` of an earlier run.
+
+    Raises:
+        ValueError: naming the first of those that are.
+    """
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    try:
+        is_ours = "output_dir" in json.loads((output_dir / "args.json").read_text())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if found and not is_ours:
+        raise ValueError(
+            f"`--output_dir`: {found[0]} is there already and no run has left an args.json beside it: give a new or "
+            "empty folder"
+        )
 
 
 def shards_weights(accelerator):
@@ -289,12 +310,15 @@ def averaged(ema, parameters):
 @contextmanager
 def replacing(final):
     """A new folder to fill, which takes the place of the folder `final` when it is complete."""
-    partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
-    for leftover in (partial, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    for suffix in ("partial", "old"):
+        remove_leftovers([final], suffix)
+    partial, old = beside(final, "partial"), beside(final, "old")
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial)
+        raise
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
