@@ -365,12 +365,19 @@ def read_clip(array):
         raise ValueError(f"`audio` holds {array.shape}, the wrong order: stereo is (channels, samples).")
     if not np.isfinite(array).all():
         raise ValueError("`audio` has to hold finite samples, not NaN or infinity.")
+    channels = array if array.ndim == 2 else array[None]
     if array.ndim == 2:
         array = array.mean(axis=0, dtype=np.float64).astype(np.float32) if len(array) > 1 else array[0]
     lowest, highest, mean = array.min(), array.max(), array.mean()
     if max(highest, -lowest) > 2:  # what lossy formats decode to is often a little beyond 1
         raise ValueError(f"`audio` has to be in [-1, 1], but reaches {max(highest, -lowest):g}.")
     if max(highest - mean, mean - lowest) < SILENT_PEAK:
+        channel_peak = (channels.max(axis=1) - channels.min(axis=1)).max() / 2
+        if channel_peak >= len(channels) * SILENT_PEAK:  # more than averaging takes from a channel beside silent ones
+            raise ValueError(
+                f"`audio` has {len(channels)} channels, of peak {channel_peak:.2g}, that cancel each other when they "
+                "are averaged to mono, as two of opposite polarity do: give one of them, or invert one."
+            )
         raise ValueError(f"`audio` is silent: no sample is {SILENT_PEAK} from the mean.")
     return array
 

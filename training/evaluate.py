@@ -53,7 +53,7 @@ from .evaluation.measuring import (
 )
 from .evaluation.plots import draw_plots
 from .evaluation.report import Tables, as_markdown, describe_run
-from .run import run
+from .run import check_output_dir, run
 
 
 logger = get_logger(__name__)
@@ -298,6 +298,7 @@ def evaluate(args):
     for name, folder in zip(names[len(args.model) :], args.generated):
         given.append(System(name, name, folder=Path(folder), sounds=read_generated(folder, known_ids)))
     systems = [*swept, *given]
+    check_output_dir(output_dir, ("args.json", "results.md", "problems.json"))
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())

@@ -22,13 +22,14 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from pipeline_tango.json_files import read_json
-from pipeline_tango.sound_files import draw_spectrogram, encode_wav, write_atomically
+from pipeline_tango.sound_files import beside, draw_spectrogram, encode_wav, remove_leftovers, write_atomically
 
 
 logger = get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"  # written last: a checkpoint without it is not complete
 CARD = "README.md"  # every result has one
+RESULTS = ("args.json", "log.jsonl", "log.txt", "model", "lora", "vae")  # what a training run replaces
 
 
 def run(command, args):
@@ -45,6 +46,7 @@ def run(command, args):
 
 def start(output_dir, mixed_precision, report_to, gradient_accumulation_steps=1):
     """The `Accelerator` of a run, whose output folder it makes."""
+    check_output_dir(output_dir, RESULTS)
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         mixed_precision=mixed_precision,
@@ -57,6 +59,24 @@ def start(output_dir, mixed_precision, report_to, gradient_accumulation_steps=1)
         output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def check_output_dir(output_dir, names):
+    """None of the named files and folders, which a run replaces, is there without the `args.json` of an earlier run.
+
+    Raises:
+        ValueError: naming the first of those that are.
+    """
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    try:
+        is_ours = "output_dir" in json.loads((output_dir / "args.json").read_text())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if found and not is_ours:
+        raise ValueError(
+            f"`--output_dir`: {found[0]} is there already and no run has left an args.json beside it: give a new or "
+            "empty folder"
+        )
 
 
 def shards_weights(accelerator):
@@ -416,14 +436,18 @@ def is_result(folder):
 def replacing(final):
     """A new folder to fill, which takes the place of the folder `final` when it is complete. Files that somebody else
     put into `final` move on with it."""
-    partial, old = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+    partial, old = beside(final, "partial"), final.with_name(f".{final.name}.old")
     if old.is_dir() and not os.path.lexists(final):  # killed between the two renames below
         os.replace(old, final)
-    for leftover in (partial, old):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+    remove_leftovers([final], "partial")
+    if old.is_dir():
+        shutil.rmtree(old)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial)
+        raise
     if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
         set_aside(final)
     if final.exists():

@@ -354,6 +354,8 @@ def main():
     except (ValueError, OSError, soundfile.LibsndfileError) as error:
         raise SystemExit(f"error: {error}") from None
 
+    if (args.output / "data.jsonl").exists():  # written last: an interrupted run has left none
+        parser.error(f"{args.output / 'data.jsonl'} is there already: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {"num_samples": round(args.seconds * SAMPLING_RATE), "seed": args.seed}
     lines = []

@@ -8,7 +8,6 @@ therefore bitwise reproducible; another batch size changes sounds by float32 rou
 import hashlib
 import inspect
 import json
-import os
 import time
 from dataclasses import dataclass
 
@@ -158,9 +157,15 @@ def find_missing(system, prompts, settings):
             batch = [(prompt, take) for prompt in prompts[first : first + settings.batch_size]]
             for prompt, _ in batch:
                 record = records.get(file_name(prompt, take))
+                path = system.folder / file_name(prompt, take)
+                # an interrupted run leaves sounds without a record, but then it has left its settings too
+                if record is None and path.exists() and not (system.folder / "settings.json").exists():
+                    raise ValueError(
+                        f"--output_dir: {path} is there already and was not made by this command: give another folder"
+                    )
                 if record and record["prompt"] != prompt.text:
                     raise ValueError(
-                        f"--output_dir: {system.folder / file_name(prompt, take)} was made for {record['prompt']!r}, "
+                        f"--output_dir: {path} was made for {record['prompt']!r}, "
                         f"not {prompt.text!r}: give another folder"
                     )
             names = [file_name(*each) for each in batch]
@@ -192,9 +197,7 @@ def check_settings(system, settings, weights):
     path = system.folder / "settings.json"
     if not path.exists():
         # every process may write it: the same content
-        part = path.with_name(f".settings.{os.getpid()}.part")
-        part.write_text(json.dumps(current, indent=2) + "\n")
-        os.replace(part, path)
+        write_atomically(path, (json.dumps(current, indent=2) + "\n").encode())
     try:
         before = read_json(path)
     except ValueError as error:

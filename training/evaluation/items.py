@@ -226,7 +226,8 @@ def find_readable(items, what, problems, keep_silent=False):
     """Items whose sound can be decoded. The others are added to `problems`.
 
     Args:
-        keep_silent (`bool`): keep silent sounds too, which are a result when generated; they are still reported.
+        keep_silent (`bool`): keep sounds that are silent in mono too, which are a result when generated; they are
+            still reported.
     """
     clips = [Clip(item.path, ("any",)) for item in items]
     _, faults = inspect_clips(clips, num_workers=os.cpu_count())
@@ -237,7 +238,7 @@ def find_readable(items, what, problems, keep_silent=False):
         if fault is not None:
             reason = f"{fault.reason} ({fault.detail})" if fault.detail else fault.reason
             problems.append({"what": what, "path": item.path, "reason": reason})
-        if fault is None or (keep_silent and fault.reason == "silent"):
+        if fault is None or (keep_silent and fault.reason in ("silent", "channels cancel")):
             good.append(item)
     return good
 
