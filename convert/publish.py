@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 import pipeline_tango
 from pipeline_tango.json_files import read_json
+from pipeline_tango.original_hub import HTTP_ERROR
 from pipeline_tango.single_file import single_file
 
 
@@ -38,9 +38,6 @@ BUFFERS = {"mean", "scale"}  # of the vocoder: saved with its weights, but no pa
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 TEMPORARY = ("~", ".tmp", ".lock", ".incomplete")
-
-# Base of all errors of the HTTP library under huggingface_hub, which has changed: requests, httpx, httpx2
-HTTP_ERROR = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
 
 PLACEHOLDER = "path/to/this/folder"  # in a card on disk; `push` writes the repo's name there
 MARKER = "Delete this line to keep your changes when it runs again. -->"  # in every generated card

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -22,7 +21,6 @@ from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audi
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
-CONVERT_HINT = "a checkpoint in the original's layout is converted by: tango-convert SOURCE OUTPUT"
 
 
 def is_text(value):
@@ -200,7 +198,13 @@ def parse_arguments(argv):
         "--model",
         metavar="FOLDER_OR_REPO",
         default=TANGO_TINY,
-        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
+        help="diffusers folder, or Hub repo such as owner/name, or a checkpoint in the original's layout such as "
+        "declare-lab/tango2, which is converted once (default: tango-tiny, which comes with the package)",
+    )
+    parser.add_argument(
+        "--remove_originals",
+        action="store_true",
+        help="delete the downloaded weights in the original's layout once they are converted",
     )
     parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
@@ -428,14 +432,22 @@ def encode_manifest(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def read_model_defaults(model):
-    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only."""
-    from . import TangoPipeline
+def read_model_defaults(args, dtypes):
+    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only.
 
-    if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
-        raise OSError(f"{model} is not a diffusers folder: {CONVERT_HINT}")
+    `args.source` becomes what is loaded: `args.model`, or what a checkpoint in the original's layout is converted to.
+    """
+    from . import TangoPipeline
+    from .converted import with_conversion
+
+    def attempt(source, **options):
+        args.source = source
+        return TangoPipeline.load_config(source, **options)
+
     try:
-        config = TangoPipeline.load_config(model)
+        config = with_conversion(
+            args.model, attempt, TangoPipeline, dtype=dtypes, remove_originals=args.remove_originals
+        )
         return {
             "seconds": config["default_audio_length_in_s"],
             "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
@@ -444,8 +456,8 @@ def read_model_defaults(model):
         }
     except Exception as error:  # a file or a Hub of others: anything may be wrong with it
         raise OSError(
-            f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
-            f"{CONVERT_HINT} ({error!s:.120})"
+            f"no model in {args.model}, which must be a folder or a Hub repo, with model_index.json or in the "
+            f"original's layout: {error!s:.350}"
         ) from error
 
 
@@ -480,7 +492,7 @@ def load_pipeline(args, device, dtypes):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model, dtype=dtypes)
+        pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes)
     except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.lora:
@@ -546,8 +558,8 @@ def make_sounds(args):
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device = choose_device(args, state)
     dtypes = choose_dtypes(args.dtype, device, args.fast)
-    defaults = read_model_defaults(args.model)
-    for name, value in fast_settings(args.model).items() if args.fast else ():
+    defaults = read_model_defaults(args, dtypes)
+    for name, value in fast_settings(args.source).items() if args.fast else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.scheduler:

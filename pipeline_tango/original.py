@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pickle
+import posixpath
 import re
 import shutil
 import zipfile
@@ -21,10 +22,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
+from safetensors.torch import save_file
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.audio_utils import mel_filter_bank
 
-from .json_files import read_json
+from .json_files import read_json, write_json
 from .weight_maps import TIED, VOCODER_CONSTANTS, original_names, original_shape, plain_names, read, to_diffusers
 
 
@@ -97,14 +99,9 @@ CLASSES = {
     "vocoder": SpeechT5HifiGan,
 }
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-HUB_FILES = (  # of a repo in the original's layout, what `open_original` reads
-    "*.json",
-    "*.md",
-    "*spiece.model",
-    "pytorch_model_main.bin",
-    "pytorch_model_vae.bin",
-    "pytorch_model_stft.bin",
-)
+CONFIG_FILES = ("main_config.json", "vae_config.json", "stft_config.json", "summary.jsonl", "README.md")
+RELEASED_WEIGHTS = ("pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin")
+TRAINING_WEIGHTS = ("pytorch_model_2.bin", "pytorch_model.bin", "pytorch_model_1.bin")  # main, VAE, mel front end
 NAMES_PER_MAPPING = 32  # tensors read through one memory mapping, whose pages count as resident until it is dropped
 STFT_TOLERANCE = 1e-6
 
@@ -268,6 +265,27 @@ def open_original(source, *, scaling_factor=None, download=snapshot_download):
     )
 
 
+def needed_files(main_config, weights=(*RELEASED_WEIGHTS, *TRAINING_WEIGHTS)):
+    """Paths in a checkpoint of all files that `open_original` may read, whichever of them the checkpoint has.
+
+    Args:
+        main_config (`dict`): as `read_main_config` has it.
+        weights (sequence of `str`): files with weights.
+    """
+    keys = ("text_encoder_name", "scheduler_name", "unet_model_config_path")
+    text_encoder, scheduler, unet = (posixpath.normpath(str(main_config.get(key))) for key in keys)
+    files = {*CONFIG_FILES, *weights, unet, f"{unet}/config.json"}
+    files |= {f"{scheduler}/{name}" for name in ("scheduler/scheduler_config.json", "scheduler_config.json")}
+    return files | {f"{text_encoder}/{name}" for name in ("config.json", *TOKENIZER_FILES)}
+
+
+def read_main_config(folder):
+    """What a checkpoint says of its parts: main_config.json, or the arguments of the original's training."""
+    if (folder / "main_config.json").exists() or find_summary(folder) is None:
+        return read_json(folder / "main_config.json")
+    return read_training_config(folder)
+
+
 def find_released(folder):
     """Files and configs of a checkpoint in the layout of the released ones."""
     return Layout(
@@ -283,15 +301,6 @@ def find_released(folder):
 
 def find_training(folder):
     """Files and configs that the original's training saved: its arguments are the first line of summary.jsonl."""
-    summary = find("summary.jsonl", (folder, folder.parent), "")
-    if summary is None:
-        raise ValueError(f"{folder / 'summary.jsonl'} is missing, and so is {folder.parent / 'summary.jsonl'}")
-    try:
-        arguments = json.loads(next(line for line in summary.read_text(encoding="utf-8").splitlines() if line.strip()))
-    except (ValueError, StopIteration) as error:
-        raise ValueError(f"{summary} does not begin with a line of JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{summary} does not begin with a JSON object")
     stft_path = folder / "pytorch_model_1.bin"
     check_pickle(stft_path)
     stft = load_tensors(stft_path)
@@ -300,13 +309,7 @@ def find_training(folder):
         vae=folder / "pytorch_model.bin",
         stft=stft_path,
         roots=(folder, folder.parent),
-        main_config={
-            "text_encoder_name": arguments.get("text_encoder_name"),
-            "scheduler_name": arguments.get("scheduler_name"),
-            "unet_model_name": arguments.get("unet_model_name"),
-            "unet_model_config_path": arguments.get("unet_model_config"),
-            "snr_gamma": arguments.get("snr_gamma"),
-        },
+        main_config=read_training_config(folder),
         vae_config={},
         stft_config={
             **STFT_CONFIG,
@@ -315,6 +318,31 @@ def find_training(folder):
             "win_length": shape_of(stft, "stft_fn.forward_basis", 3)[2],
         },
     )
+
+
+def find_summary(folder):
+    """The log of the original's training, in the folder of a checkpoint or one level up."""
+    return find("summary.jsonl", (folder, folder.parent), "")
+
+
+def read_training_config(folder):
+    """The arguments of the original's training by their names in main_config.json."""
+    summary = find_summary(folder)
+    if summary is None:
+        raise ValueError(f"{folder / 'summary.jsonl'} is missing, and so is {folder.parent / 'summary.jsonl'}")
+    try:
+        arguments = json.loads(next(line for line in summary.read_text(encoding="utf-8").splitlines() if line.strip()))
+    except (ValueError, StopIteration) as error:
+        raise ValueError(f"{summary} does not begin with a line of JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{summary} does not begin with a JSON object")
+    return {
+        "text_encoder_name": arguments.get("text_encoder_name"),
+        "scheduler_name": arguments.get("scheduler_name"),
+        "unet_model_name": arguments.get("unet_model_name"),
+        "unet_model_config_path": arguments.get("unet_model_config"),
+        "snr_gamma": arguments.get("snr_gamma"),
+    }
 
 
 def open_ckpt(path, scaling_factor):
@@ -397,6 +425,32 @@ def save_component(original, component, folder, dtype=None, variant=None):
             if (original.text_encoder / name).is_file() and not (folder / component / name).exists():
                 shutil.copyfile(original.text_encoder / name, folder / component / name)
     return loaded
+
+
+def save_pipeline(original, folder, pipeline_class, dtype=None, variant=None, scheduler_class=None):
+    """Write the diffusers folder of a checkpoint, one component in memory at a time.
+
+    Args:
+        original (`Original`): a whole checkpoint, not that of a .ckpt file.
+        folder (`Path`): where to write.
+        pipeline_class (`type`): `TangoPipeline`.
+        dtype (`torch.dtype` or `dict`, *optional*): of the weights, or component -> dtype. Defaults to that of the
+            checkpoint.
+        variant (`str`, *optional*): weights are named diffusion_pytorch_model.VARIANT.safetensors.
+        scheduler_class (`type`, *optional*): of the scheduler, with the checkpoint's noise schedule.
+    """
+    components = {}
+    for component in ("tokenizer", "scheduler", *original.configs):
+        component_dtype = dtype.get(component) if isinstance(dtype, dict) else dtype
+        components[component] = save_component(original, component, folder, component_dtype, variant)
+    if scheduler_class is not None:
+        components["scheduler"] = scheduler_class.from_config(components["scheduler"].config)
+        components["scheduler"].save_pretrained(folder / "scheduler")
+    pipeline_class(**components).save_config(folder)
+    write_json(folder / "original" / "main_config.json", original.main_config)
+    write_json(folder / "original" / "stft_config.json", original.stft_config)
+    stft = {name: tensor.contiguous() for name, tensor in original.stft.items()}
+    save_file(stft, folder / "original" / "stft.safetensors")
 
 
 def read_scaling_factor(value):

@@ -40,6 +40,7 @@ from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from .attention import BlockedAttnProcessor  # noqa: F401
@@ -114,6 +115,20 @@ class StepCallback(NamedTuple):
         return outputs.pop("latents", latents)
 
 
+def load_without_converter(source, attempt):
+    """What `attempt` loads from `source`, or an error that says what checkpoints in the original's layout need."""
+    is_original = os.path.isfile(os.path.join(source, "main_config.json"))
+    try:
+        return attempt(source)
+    except OSError as error:
+        if is_original or isinstance(error, RemoteEntryNotFoundError):
+            raise OSError(
+                f"{source} has no model_index.json. To load a checkpoint in the original's layout, either install the "
+                "package pipeline-tango, or convert it by tango-convert where that is installed and load the result."
+            ) from error
+        raise
+
+
 class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     """Text-to-audio by latent diffusion, as in Tango.
 
@@ -175,6 +190,46 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, remove_originals=False, **kwargs):
+        """Load as [`DiffusionPipeline.from_pretrained`] does, and checkpoints in the original's layout too.
+
+        A checkpoint in the original's layout, such as "declare-lab/tango2" or a folder of its training, is downloaded
+        and converted once, one component at a time. The result is kept in the Hub's cache for each commit and `dtype`,
+        and is what later calls load, offline too. `tango-cache` lists and removes what is kept.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder, of either layout.
+            remove_originals (`bool`, *optional*, defaults to `False`): delete the weights in the original's layout
+                from the Hub's cache once they are converted. Folders outside of it are never changed.
+            kwargs: as in diffusers. `dtype` is also what is converted to, float32 if not given.
+
+        Raises:
+            OSError: there is no such repo or folder, the Hub cannot be reached, or the disk is full.
+            ValueError: a file is damaged, or `variant` is given for a checkpoint in the original's layout.
+        """
+        load = super().from_pretrained
+
+        def attempt(source, **more):
+            pipe = load(source, **{**kwargs, **more})
+            if source != pretrained_model_name_or_path:
+                pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            return pipe
+
+        try:
+            from pipeline_tango.converted import with_conversion
+        except ImportError:  # this is the code file of a Hub repo, without the package
+            return load_without_converter(pretrained_model_name_or_path, attempt)
+        names = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        return with_conversion(
+            pretrained_model_name_or_path,
+            attempt,
+            cls,
+            dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
+            remove_originals=remove_originals,
+            **{name: kwargs[name] for name in names if name in kwargs},
+        )
 
     @property
     def num_mel_bins(self):

@@ -31,7 +31,14 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
-INFERENCE["pipeline_tango"] = set(INFERENCE)
+INFERENCE["pipeline_tango"] = {*INFERENCE, "converted"}  # imported on use: the code file of a Hub repo has none
+INFERENCE |= {
+    "json_files": set(),
+    "weight_maps": set(),
+    "original": {"json_files", "weight_maps"},
+    "original_hub": {"original"},
+    "converted": {"json_files", "original", "original_hub"},
+}
 RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
 BEHIND_EXTRAS = {"matplotlib", "torch_xla", "soundfile"}
 
