@@ -80,6 +80,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
+from .model_files import check_weights, find_folder, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -175,6 +176,51 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing.
+
+        Without `variant`, a folder that has the weights of one variant only is loaded with these.
+
+        Raises:
+            ValueError: naming the component and the file or tensors that are missing, unexpected or damaged.
+        """
+        folder = pretrained_model_name_or_path
+        if not os.path.isdir(folder) and str(folder).count("/") < 2:
+            folder = cls.download(folder, **kwargs)
+        if not os.path.isdir(folder):
+            return super().from_pretrained(folder, **kwargs)  # says what is wrong with the name
+        return cls._from_folder(folder, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_folder(cls, folder, name_or_path, **kwargs):
+        """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
+        kwargs["variant"], files = find_model(
+            folder,
+            class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
+            variant=kwargs.get("variant"),
+            passed=kwargs,
+            use_safetensors=kwargs.get("use_safetensors"),
+        )
+        try:
+            pipe = super().from_pretrained(folder, **kwargs)
+        except Exception:
+            check_weights(*files)  # which names the tensors, where they were the reason
+            raise
+        check_weights(*files, models=pipe.components)
+        pipe.register_to_config(_name_or_path=name_or_path)
+        return pipe
+
+    def register_to_config(self, **kwargs):
+        """As [`ConfigMixin`]'s. [`DiffusionPipeline.from_pretrained`], which loads this file as a `custom_pipeline`,
+        ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
+            folder, loaded = find_folder(kwargs["_name_or_path"], self.components)
+            if folder is not None:
+                _, files = find_model(folder, [type(self).__name__], passed=set(self.components) - set(loaded))
+                check_weights(*files, models=loaded)
 
     @property
     def num_mel_bins(self):

@@ -27,7 +27,9 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "schedule": set(),
     "single_file": set(),
     "windows": set(),
+    "json_files": set(),
     "input_audio": {"mel"},
+    "model_files": {"json_files"},
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
