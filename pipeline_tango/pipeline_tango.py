@@ -81,6 +81,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
+from .model_files import check_weights, find_folder, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -117,10 +118,12 @@ class StepCallback(NamedTuple):
 
 def load_without_converter(source, attempt):
     """What `attempt` loads from `source`, or an error that says what checkpoints in the original's layout need."""
-    is_original = os.path.isfile(os.path.join(source, "main_config.json"))
+    folder = str(source)
+    has_index = os.path.isfile(os.path.join(folder, "model_index.json"))
+    is_original = not has_index and os.path.isfile(os.path.join(folder, "main_config.json"))
     try:
         return attempt(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if is_original or isinstance(error, RemoteEntryNotFoundError):
             raise OSError(
                 f"{source} has no model_index.json. To load a checkpoint in the original's layout, either install the "
@@ -193,7 +196,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, remove_originals=False, **kwargs):
-        """Load as [`DiffusionPipeline.from_pretrained`] does, and checkpoints in the original's layout too.
+        """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing, and checkpoints in the
+        original's layout too.
+
+        Without `variant`, a folder that has the weights of one variant only is loaded with these.
 
         A checkpoint in the original's layout, such as "declare-lab/tango2" or a folder of its training, is downloaded
         and converted once, one component at a time. The result is kept in the Hub's cache for each commit and `dtype`,
@@ -207,15 +213,17 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         Raises:
             OSError: there is no such repo or folder, the Hub cannot be reached, or the disk is full.
-            ValueError: a file is damaged, or `variant` is given for a checkpoint in the original's layout.
+            ValueError: naming the component and the file or tensors that are missing, unexpected or damaged; or
+                `variant` is given for a checkpoint in the original's layout.
         """
-        load = super().from_pretrained
 
         def attempt(source, **more):
-            pipe = load(source, **{**kwargs, **more})
-            if source != pretrained_model_name_or_path:
-                pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-            return pipe
+            options, folder = {**kwargs, **more}, source
+            if not os.path.isdir(folder) and str(folder).count("/") < 2:
+                folder = cls.download(folder, **options)
+            if not os.path.isdir(folder):
+                return super(TangoPipeline, cls).from_pretrained(folder, **options)  # says what is wrong with the name
+            return cls._from_folder(folder, pretrained_model_name_or_path, **options)
 
         try:
             from pipeline_tango.converted import with_conversion
@@ -230,6 +238,35 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             remove_originals=remove_originals,
             **{name: kwargs[name] for name in names if name in kwargs},
         )
+
+    @classmethod
+    def _from_folder(cls, folder, name_or_path, **kwargs):
+        """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
+        kwargs["variant"], files = find_model(
+            folder,
+            class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
+            variant=kwargs.get("variant"),
+            passed=kwargs,
+            use_safetensors=kwargs.get("use_safetensors"),
+        )
+        try:
+            pipe = super().from_pretrained(folder, **kwargs)
+        except Exception:
+            check_weights(*files)  # which names the tensors, where they were the reason
+            raise
+        check_weights(*files, models=pipe.components)
+        pipe.register_to_config(_name_or_path=name_or_path)
+        return pipe
+
+    def register_to_config(self, **kwargs):
+        """As [`ConfigMixin`]'s. [`DiffusionPipeline.from_pretrained`], which loads this file as a `custom_pipeline`,
+        ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
+            folder, loaded = find_folder(kwargs["_name_or_path"], self.components)
+            if folder is not None:
+                _, files = find_model(folder, [type(self).__name__], passed=set(self.components) - set(loaded))
+                check_weights(*files, models=loaded)
 
     @property
     def num_mel_bins(self):

@@ -27,13 +27,14 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "schedule": set(),
     "single_file": set(),
     "windows": set(),
+    "json_files": set(),
     "input_audio": {"mel"},
+    "model_files": {"json_files"},
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
 INFERENCE["pipeline_tango"] = {*INFERENCE, "converted"}  # imported on use: the code file of a Hub repo has none
 INFERENCE |= {
-    "json_files": set(),
     "weight_maps": set(),
     "original": {"json_files", "weight_maps"},
     "original_hub": {"original"},
