@@ -80,28 +80,29 @@ def with_conversion(
         OSError: there is no such source, the Hub does not give it, or the disk does not take it.
         ValueError: the checkpoint is damaged, or an argument does not fit it.
     """
-    source = str(source)
+    source, reason, commit = str(source), None, None
     if Path(source).is_file():
         raise ValueError(f"{source} is a file; a model is a folder or a Hub id")
-    is_local, reason = Path(source).is_dir(), None
-    kept = root_of(cache_dir) / folder_name(source)
-    if not is_local and not re.fullmatch(HUB_ID, source):
+    if Path(source).is_dir():
+        is_original = is_original_folder(source)
+    elif not re.fullmatch(HUB_ID, source):
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a folder or a Hub id such as {RELEASED[4]!r}, got {source!r}, "
             "and there is no such folder"
         )
-    if not is_local and not (local_files_only or is_offline()) and (reason := why_unreachable()):
-        local_files_only = True
-        if kept.is_dir() or repo_folder(source, cache_dir).is_dir():
-            logger.warning("%s cannot be reached, using what is in the cache: %s", constants.ENDPOINT, reason)
-    if not (is_original_folder(source) if is_local else kept.is_dir()):
+    else:
+        commit = known_commit(source, revision, cache_dir)
+        is_original = is_known_original(source, commit, cache_dir)
+        if not (local_files_only or is_offline()) and (reason := why_unreachable()):
+            local_files_only = True
+            if commit is not None:
+                logger.warning("%s cannot be reached, using what is in the cache: %s", constants.ENDPOINT, reason)
+    if not is_original:
         try:
             return attempt(source, **({"local_files_only": True} if reason else {}))
         except Exception as error:
-            if is_local:
-                raise
             if not lacks_index(error):
-                if (explained := explain(error, source, reason)) is error:
+                if Path(source).is_dir() or (explained := explain(error, source, reason)) is error:
                     raise
                 raise explained from error
     if variant is not None:
@@ -109,32 +110,36 @@ def with_conversion(
             f"`variant` must be None for a checkpoint in the original's layout, which has none, got {variant!r}: "
             "`dtype` is what its weights are converted to"
         )
-    dtypes = dtypes_of(dtype)
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": bool(local_files_only) or is_offline()}
-    if is_local:
-        return attempt(str(convert_folder(Path(source), pipeline_class, dtypes, force_download, kept, options)))
-
-    ref = kept / "refs" / quote(revision or "main", safe="")
-    if re.fullmatch(COMMIT, revision or ""):
-        commit = revision
-    else:
-        commit = ref.read_text() if ref.is_file() else cached_commit(source, revision, cache_dir)
-    folder = None
-    if commit == revision is not None or options["local_files_only"]:
-        folder = find_entry(kept, commit, dtypes)
-    if folder is None or force_download:
-        repo = find_repo(source, revision, commit, reason=reason, **options)
-        if INDEX in repo.sizes:
-            return attempt(source)
-        commit, folder = repo.commit, find_entry(kept, repo.commit, dtypes)
-        if folder is None or force_download:
-            folder = convert_repo(repo, pipeline_class, dtypes, force_download, kept)
-    with contextlib.suppress(OSError):  # in a cache that can only be read
-        write_ref(ref, commit)
+    if Path(source).is_dir():
+        return attempt(str(convert_folder(source, pipeline_class, dtypes_of(dtype), force_download, options)))
+    commit, folder = convert_repo(
+        source, revision, commit, reason, pipeline_class, dtypes_of(dtype), force_download, options
+    )
+    if folder is None:  # it has become a diffusers repo
+        return attempt(source)
     result = attempt(str(folder))
     if remove_originals:
         remove_weights(source, commit, cache_dir)
     return result
+
+
+def known_commit(source, revision, cache_dir):
+    """The commit that a revision of a Hub repo was at when the Hub was last asked, `None` if it never was."""
+    if re.fullmatch(COMMIT, revision or ""):
+        return revision
+    ref = ref_of(source, revision, cache_dir)
+    return ref.read_text() if ref.is_file() else cached_commit(source, revision, cache_dir)
+
+
+def ref_of(source, revision, cache_dir):
+    return kept_folder(source, cache_dir) / "refs" / quote(revision or "main", safe="")
+
+
+def is_known_original(source, commit, cache_dir):
+    """Whether a Hub repo was converted before, or downloaded by `tango-convert`."""
+    snapshot = repo_folder(source, cache_dir) / "snapshots" / str(commit)
+    return kept_folder(source, cache_dir).is_dir() or is_original_folder(snapshot)
 
 
 def is_original_folder(folder):
@@ -171,12 +176,12 @@ def root_of(cache_dir):
     return Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute() / FOLDER
 
 
-def folder_name(source):
-    """Name of the folder that holds what a Hub repo or a local folder was converted to."""
+def kept_folder(source, cache_dir):
+    """The folder that holds what a Hub repo or a local folder was converted to."""
     if not Path(source).is_dir():
-        return source.replace("/", "--")
+        return root_of(cache_dir) / source.replace("/", "--")
     path = Path(source).resolve()
-    return f"local--{path.name}--{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    return root_of(cache_dir) / f"local--{path.name}--{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def entry_name(commit, dtypes):
@@ -184,7 +189,7 @@ def entry_name(commit, dtypes):
 
 
 def find_entry(kept, commit, dtypes):
-    """The converted folder if there is one. It got its name when it was complete."""
+    """The converted folder if there is one, else `None`. It got its name when it was complete."""
     folder = kept / entry_name(commit, dtypes)
     return folder if (folder / RECORD).is_file() else None
 
@@ -225,25 +230,50 @@ def locked(kept, source):
                 kept.rmdir()  # if nothing is in it
 
 
-def convert_repo(repo, pipeline_class, dtypes, force_download, kept):
-    """Download a checkpoint and convert it, as one process of all that want to."""
-    with locked(kept, repo.name):
-        if not force_download and (folder := find_entry(kept, repo.commit, dtypes)):
-            return folder
+def convert_repo(source, revision, commit, reason, pipeline_class, dtypes, force_download, options):
+    """Commit of a Hub repo, and the folder that it is converted to, by one process of all that want to.
 
-        def check_room(num_bytes):
-            announce(repo.name, kept, dtypes, num_bytes, repo.sizes, repo.license)
+    Args:
+        source, revision: of the repo.
+        commit (`str` or `None`): what `known_commit` says.
+        reason (`str` or `None`): why the Hub cannot be reached.
+        pipeline_class, dtypes: for `write_entry`.
+        force_download (`bool`): download and convert again.
+        options (`dict`): `token`, `cache_dir` and `local_files_only`.
 
-        original = fetch_original(repo, force_download=force_download, check_room=check_room)
-        folder = kept / entry_name(repo.commit, dtypes)
-        return write_entry(original, folder, pipeline_class, dtypes, repo.name, repo.license, repo.options)
+    Returns:
+        `None` for the folder of a repo that has a `model_index.json`.
+    """
+    kept, folder = kept_folder(source, options["cache_dir"]), None
+    if not force_download and (commit == revision or options["local_files_only"]):
+        folder = find_entry(kept, commit, dtypes)
+    if folder is None:
+        repo = find_repo(source, revision, commit, reason=reason, **options)
+        commit = repo.commit
+        if INDEX in repo.sizes:
+            return commit, None
+        folder = None if force_download else find_entry(kept, commit, dtypes)
+    if folder is None:
+        with locked(kept, source):
+            folder = None if force_download else find_entry(kept, commit, dtypes)
+            if folder is None:
+                original = fetch_original(
+                    repo,
+                    force_download=force_download,
+                    check_room=lambda num_bytes: announce(source, kept, dtypes, num_bytes, repo.sizes, repo.license),
+                )
+                folder = kept / entry_name(commit, dtypes)
+                write_entry(original, folder, pipeline_class, dtypes, source, repo.license, options)
+    with contextlib.suppress(OSError):  # in a cache that can only be read
+        write_ref(ref_of(source, revision, options["cache_dir"]), commit)
+    return commit, folder
 
 
-def convert_folder(source, pipeline_class, dtypes, force, kept, options):
-    """Convert a local folder, if it or a file of it has changed since it was."""
+def convert_folder(source, pipeline_class, dtypes, force, options):
+    """The folder that a local folder is converted to, if it or a file of it has changed since it was."""
     from .original import needed_files, read_main_config
 
-    digest = hashlib.sha256()
+    source, kept, digest = Path(source), kept_folder(source, options["cache_dir"]), hashlib.sha256()
     for root in (source, source.parent):  # the original's training puts its log one level up
         for name in sorted(needed_files(read_main_config(source))):
             if (root / name).is_file():

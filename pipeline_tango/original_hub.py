@@ -166,9 +166,7 @@ def explain(error, source, reason=None):
     return error
 
 
-def find_repo(
-    source, *, revision=None, known_commit=None, reason=None, token=None, cache_dir=None, local_files_only=False
-):
+def find_repo(source, revision, known_commit, *, reason=None, token=None, cache_dir=None, local_files_only=False):
     """The repo `source` at one commit, as [`HubRepo`]. Asks the Hub once, or not at all.
 
     Args:
@@ -190,15 +188,12 @@ def find_repo(
             license = info.card_data.license if info.card_data is not None else None
             sizes = {file.rfilename: file.size for file in info.siblings}
             return HubRepo(source, info.sha, sizes, license, {**options, "local_files_only": False})
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500:
-                raise explain(error, source) from error
-            failure = explain(error, source)
         except (HTTP_ERROR, OSError) as error:
-            failure = explain(error, source, " ".join(str(error).split()) or "no answer")
-        if known_commit is None:
-            raise failure
-        logger.warning("%s; using what is in the cache", failure)
+            if not isinstance(error, HfHubHTTPError):
+                reason = " ".join(str(error).split()) or "no answer"
+            if known_commit is None or isinstance(error, RevisionNotFoundError):
+                raise explain(error, source, reason) from error
+            logger.warning("%s; using what is in the cache", " ".join(str(error).split()))
     elif known_commit is None:
         why = "HF_HUB_OFFLINE is set" if is_offline() else reason or "`local_files_only` is set"
         raise OSError(f"{source} is not in the cache, and the Hub cannot be asked: {why}")
@@ -243,15 +238,16 @@ def fetch_original(repo, *, force_download=False, check_room=lambda num_bytes: N
         read_main_config,
     )
 
-    is_released = RELEASED_WEIGHTS[0] in repo.sizes
-    weights = RELEASED_WEIGHTS if is_released else TRAINING_WEIGHTS
-    configs = ("main_config.json", "vae_config.json", "stft_config.json") if is_released else ("summary.jsonl",)
+    is_of_training = TRAINING_WEIGHTS[0] in repo.sizes and RELEASED_WEIGHTS[0] not in repo.sizes
+    weights = TRAINING_WEIGHTS if is_of_training else RELEASED_WEIGHTS
+    configs = ("summary.jsonl",) if is_of_training else ("main_config.json", "vae_config.json", "stft_config.json")
     missing = [name for name in (*configs, *weights) if name not in repo.sizes]
+    if missing and repo.options["local_files_only"]:
+        raise OSError(f"{repo.name} is not wholly cached, and the Hub is not asked: {', '.join(missing)} missing")
     if missing:
-        where = "cached, for the Hub is not asked" if repo.options["local_files_only"] else f"at {repo.commit[:7]}"
         raise OSError(
-            f"{repo.name} has neither {INDEX}, as diffusers has it, nor all files of a checkpoint in the original's "
-            f"layout: {', '.join(missing)} missing ({where})"
+            f"{repo.name} at {repo.commit[:7]} has neither {INDEX} nor all files of a checkpoint "
+            f"in the original's layout: {', '.join(missing)} missing"
         )
     download = partial(snapshot_download, force_download=force_download, **repo.options)
     try:
