@@ -150,15 +150,17 @@ def explain(error, source, reason=None):
         )
     if caused_by(RevisionNotFoundError):
         return OSError(f"{hub}/{source} has no such `revision`: it must be a branch, a tag or a commit of that repo")
-    if caused_by(RepositoryNotFoundError):
+    status = getattr(getattr(caused_by(HfHubHTTPError), "response", None), "status_code", None)
+    if caused_by(RemoteEntryNotFoundError):
+        return error
+    if caused_by(RepositoryNotFoundError) or status == 404:
         return OSError(
             f"there is no folder {source!r} here, and {hub} has no repo {source!r}, or it is private and needs a "
             f"`token`{hint}"
         )
     if is_offline() and caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError):
         return OSError(f"{source} is not in the cache, and the Hub is not asked as long as HF_HUB_OFFLINE is set")
-    status = getattr(getattr(caused_by(HfHubHTTPError), "response", None), "status_code", None)
-    if status is not None and not lacks_index(error):
+    if status is not None:
         return OSError(f"{hub} answers {status} for {source}; try again later")
     transport = caused_by(HTTP_ERROR)
     if transport is not None and not isinstance(transport, HfHubHTTPError):

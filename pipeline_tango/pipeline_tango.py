@@ -21,6 +21,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from importlib import import_module
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -225,12 +226,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 return super(TangoPipeline, cls).from_pretrained(folder, **options)  # says what is wrong with the name
             return cls._from_folder(folder, pretrained_model_name_or_path, **options)
 
-        try:
-            from pipeline_tango.converted import with_conversion
-        except ImportError:  # this is the code file of a Hub repo, without the package
+        try:  # by its name, since the code file of a Hub repo has nothing beside it and may do without the package
+            converted = import_module("pipeline_tango.converted")
+        except ImportError:
             return load_without_converter(pretrained_model_name_or_path, attempt)
         names = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
-        return with_conversion(
+        return converted.with_conversion(
             pretrained_model_name_or_path,
             attempt,
             cls,

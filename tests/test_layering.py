@@ -33,7 +33,7 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
-INFERENCE["pipeline_tango"] = {*INFERENCE, "converted"}  # imported on use: the code file of a Hub repo has none
+INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
 INFERENCE |= {
     "weight_maps": set(),
     "original": {"json_files", "weight_maps"},
