@@ -54,9 +54,8 @@ def check_folders(folder, index, names=tuple(CONFIGS)):
     for component in names:
         value = index.get(component)
         if not isinstance(value, list) or len(value) != 2 or None in value:
-            raise ValueError(f"{folder / 'model_index.json'} has no `{component}`, got {value!r}: {MEND}")
-        if not (folder / component).is_dir():
-            raise ValueError(f"{folder / component} is missing, the folder of the `{component}`: {MEND}")
+            path = folder / "model_index.json"
+            raise ValueError(f"{path}: `{component}` must be a diffusers or transformers class, got {value!r}")
         try:
             read_json(folder / component / CONFIGS[component])
             if component == "tokenizer":
@@ -114,7 +113,7 @@ def find_variants(folder, names=tuple(WEIGHTS), suffixes=("safetensors",)):
     for component, found in variants.items():
         if not found:
             path = folder / component / f"{WEIGHTS[component]}.safetensors"
-            raise ValueError(f"`{component}`: {path} is missing: {MEND}")
+            raise ValueError(f"`{component}`: {path} is missing: {MEND}; weights of a variant need `variant`")
     candidates = [None, *sorted(set().union(*variants.values()) - {None})]
     fitting = [each for each in candidates if all(each in found or None in found for found in variants.values())]
     if not fitting:
@@ -123,25 +122,21 @@ def find_variants(folder, names=tuple(WEIGHTS), suffixes=("safetensors",)):
 
 
 def choose_files(folder, variant, names=tuple(WEIGHTS), suffixes=WEIGHT_SUFFIXES):
-    """The weight files that a load reads.
-
-    Returns:
-        the variant, which is the folder's if it is the only one and none is given, and a `dict` component -> files.
-    """
+    """The weight files that a load reads: a `dict` component -> files."""
     variants = find_variants(folder, names, suffixes) if names else [None]
     if variant is None and variants[0] is not None:
-        if len(variants) > 1:
-            raise ValueError(f"{folder} has weights of several variants only: `variant` must be one of {variants}")
-        variant = variants[0]
+        raise ValueError(f"{folder} has weights of the variant {' or '.join(variants)} only: pass it as `variant`")
     files = {}
     for component in names:
         groups = [weight_files(folder, component, suffix) for suffix in suffixes]
         found = [group[each] for each in dict.fromkeys((variant, None)) for group in groups if each in group]
         if not found:
-            have = sorted({str(each) for group in groups for each in group})
-            raise ValueError(f"`{component}`: no weights of variant {variant!r} in {folder / component}, only {have}")
+            have = ", ".join(sorted({each or "plain ones" for group in groups for each in group}))
+            raise ValueError(
+                f"`{component}`: {folder / component} has no weights of `variant` {variant!r}, only {have}"
+            )
         files[component] = found[0]
-    return variant, files
+    return files
 
 
 def read_header(path):
@@ -166,8 +161,9 @@ def read_shapes(paths):
     return {name: tuple(shape) for path in paths for name, (_, shape) in read_header(path).items()}
 
 
-def build_model(model_class, config):
-    """A model without weights, on the meta device, of a class of diffusers or transformers."""
+def build_model(model_class, config, origin):
+    """A model without weights, on the meta device, of a class of diffusers or transformers. `origin` of the config is
+    for the message of a ValueError."""
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     try:
         with torch.device("meta"):
@@ -177,7 +173,7 @@ def build_model(model_class, config):
             model.tie_weights()
             return model
     except Exception as error:  # the libraries check configs each in its own way, or not at all
-        raise ValueError(f"it describes no {model_class.__name__}: {error}") from error
+        raise ValueError(f"{origin} describes no {model_class.__name__}: {error}") from error
 
 
 def misfits(shapes, model):
@@ -233,10 +229,8 @@ def check_weights(folder, index, files, models=None):
         model = (models or {}).get(component)
         if model is not None and not misfits(shapes, model):
             continue
-        try:
-            model = build_model(getattr(importlib.import_module(library), class_name), config)
-        except ValueError as error:
-            raise ValueError(f"`{component}`: {folder / component / 'config.json'}: {error}") from error
+        model_class, origin = getattr(importlib.import_module(library), class_name), folder / component / "config.json"
+        model = build_model(model_class, config, f"`{component}`: {origin}")
         if problems := misfits(shapes, model):
             raise ValueError(
                 f"`{component}`: the tensors of {', '.join(map(str, paths))} are not those that its config.json "
@@ -268,7 +262,7 @@ def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), 
         use_safetensors (`bool`, *optional*): as for `from_pretrained`.
 
     Returns:
-        the variant, and the arguments of [`check_weights`].
+        the arguments of [`check_weights`].
 
     Raises:
         ValueError: naming the component and the file that is missing or damaged, and how to mend it.
@@ -277,29 +271,30 @@ def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), 
     index = read_index(folder, class_names)
     check_folders(folder, index, [name for name in CONFIGS if name not in passed])
     suffixes = WEIGHT_SUFFIXES if use_safetensors is None else ("safetensors",) if use_safetensors else ("bin",)
-    variant, files = choose_files(folder, variant, [name for name in WEIGHTS if name not in passed], suffixes)
+    files = choose_files(folder, variant, [name for name in WEIGHTS if name not in passed], suffixes)
     for component, paths in files.items():
         try:
             read_shapes(paths)
         except ValueError as error:
             raise ValueError(f"`{component}`: {error}: {MEND}") from error
-    return variant, (folder, index, files)
+    return folder, index, files
 
 
-def find_folder(name_or_path, components):
-    """Where `DiffusionPipeline.from_pretrained(name_or_path)` has loaded components from.
+def check_loaded(name_or_path, components, class_names=("TangoPipeline",)):
+    """Check what `DiffusionPipeline.from_pretrained(name_or_path)` has loaded components from, as far as it is known.
 
     Args:
         name_or_path (`str` or `Path`): folder or repo.
-        components (`dict`): name -> model, tokenizer or scheduler.
+        components (`dict`): name -> model, tokenizer or scheduler. Those of another origin are not checked.
+        class_names (sequence of `str`): accepted names of the pipeline's class.
 
-    Returns:
-        the folder, `None` if it cannot be found, and those of `components` that came from it.
+    Raises:
+        ValueError: as [`find_model`] and [`check_weights`].
     """
 
     def origin(component):
         config = getattr(component, "config", None)
-        return getattr(component, "name_or_path", None) or getattr(config, "_name_or_path", None) or ""
+        return getattr(component, "name_or_path", None) or getattr(config, "_name_or_path", None)
 
     origins = {name: Path(origin(component)) for name, component in components.items() if origin(component)}
     folder = Path(name_or_path)
@@ -307,8 +302,10 @@ def find_folder(name_or_path, components):
         cache = f"models--{str(name_or_path).replace('/', '--')}"
         parents = [path.parent for name, path in origins.items() if path.name == name and cache in path.parts]
         folder = next((path for path in parents if (path / "model_index.json").is_file()), None)
-        if folder is None:
-            return None, {}
+    if folder is None:
+        return
     # A component without a folder of its own is looked for in the folder of all
     loaded = {name: components[name] for name, path in origins.items() if path in (folder, folder / name)}
-    return folder, loaded
+    models = [name for name in WEIGHTS if name in loaded]
+    variant = find_variants(folder, models, WEIGHT_SUFFIXES)[0] if models else None
+    check_weights(*find_model(folder, class_names, variant, components.keys() - loaded.keys()), models=loaded)

@@ -80,7 +80,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
-from .model_files import check_weights, find_folder, find_model
+from .model_files import check_loaded, check_weights, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -181,8 +181,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing.
 
-        Without `variant`, a folder that has the weights of one variant only is loaded with these.
-
         Raises:
             ValueError: naming the component and the file or tensors that are missing, unexpected or damaged.
         """
@@ -196,7 +194,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     @classmethod
     def _from_folder(cls, folder, name_or_path, **kwargs):
         """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
-        kwargs["variant"], files = find_model(
+        files = find_model(
             folder,
             class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
             variant=kwargs.get("variant"),
@@ -217,10 +215,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
-            folder, loaded = find_folder(kwargs["_name_or_path"], self.components)
-            if folder is not None:
-                _, files = find_model(folder, [type(self).__name__], passed=set(self.components) - set(loaded))
-                check_weights(*files, models=loaded)
+            check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
 
     @property
     def num_mel_bins(self):
