@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -21,6 +22,10 @@ from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audi
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
+NO_MODEL = (
+    "no model in {model}, which must be a folder or a Hub repo, with model_index.json or in the original's layout: "
+    "{error}"
+)
 
 
 def is_text(value):
@@ -206,6 +211,12 @@ def parse_arguments(argv):
         action="store_true",
         help="delete the downloaded weights in the original's layout once they are converted",
     )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which weights of the model to load, such as fp16 (default: the plain ones, or those of the only variant "
+        "that a folder has)",
+    )
     parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
         "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
@@ -347,6 +358,10 @@ def parse_arguments(argv):
         raise CommandError("give either a prompt or --prompts FILE")
     if not args.model:
         raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
+    if args.lora == "":
+        raise CommandError("--lora must be a folder, or a Hub repo such as owner/name")
+    if args.variant is not None and not re.fullmatch(r"[\w-]+", args.variant):
+        raise CommandError(f"--variant must be a name such as fp16, got {args.variant!r:.100}")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -394,6 +409,7 @@ def plan_sounds(args, first_seed, defaults):
                     "guidance": request.get("guidance", guidance),
                     "scheduler": defaults["scheduler"],
                     "model": model_name(args.model),
+                    **({"variant": args.variant} if args.variant else {}),
                     **({"lora": args.lora} if args.lora else {}),
                     **{name: getattr(args, name) for name in SPEED_SETTINGS if getattr(args, name) is not None},
                     **args.audio_settings,
@@ -446,19 +462,27 @@ def read_model_defaults(args, dtypes):
 
     try:
         config = with_conversion(
-            args.model, attempt, TangoPipeline, dtype=dtypes, remove_originals=args.remove_originals
+            args.model,
+            attempt,
+            TangoPipeline,
+            dtype=dtypes,
+            variant=args.variant,
+            remove_originals=args.remove_originals,
         )
+        class_name = config["_class_name"]
+    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
+        raise OSError(NO_MODEL.format(model=args.model, error=str(error)[:350])) from error
+    if class_name != "TangoPipeline":
+        raise OSError(f"the model in {args.model} is of the class {class_name}, not TangoPipeline")
+    try:
         return {
             "seconds": config["default_audio_length_in_s"],
             "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
             "guidance": config.get("default_guidance_scale", 3.0),
             "scheduler": config["scheduler"][1],
         }
-    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
-        raise OSError(
-            f"no model in {args.model}, which must be a folder or a Hub repo, with model_index.json or in the "
-            f"original's layout: {error!s:.350}"
-        ) from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise OSError(NO_MODEL.format(model=args.model, error=repr(error)[:120])) from error
 
 
 def model_name(model):
@@ -488,11 +512,16 @@ def load_pipeline(args, device, dtypes):
     import transformers
 
     from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
+    from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes)
+        variant = args.variant
+        if variant is None and os.path.isdir(args.source):
+            variants = find_variants(Path(args.source), tuple(WEIGHTS), WEIGHT_SUFFIXES)
+            variant = variants[0] if len(variants) == 1 else None
+        pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes, variant=variant)
     except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.lora:
@@ -532,7 +561,7 @@ def find_missing(args, sounds, paths, manifest):
     for sound in sounds:
         wav = paths[sound["file"]][0]
         record = records.get(sound["file"], {})
-        names = {**sound, **dict.fromkeys(("lora", *AUDIO_SETTINGS, *SPEED_SETTINGS))}
+        names = {**sound, **dict.fromkeys(("variant", "lora", *AUDIO_SETTINGS, *SPEED_SETTINGS))}
         changed = [name for name in names if record.get(name) != sound.get(name)]
         if record and changed and wav.exists() and not args.overwrite:
             name = changed[0]

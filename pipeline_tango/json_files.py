@@ -13,7 +13,7 @@ def check_file(path):
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is damaged or cut short: it is empty")
     if start == LFS_POINTER:
         raise ValueError(f"{path} is a git-LFS pointer instead of the file itself, which `git lfs pull` fetches")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 
 from .json_files import check_file, read_json
@@ -54,9 +55,8 @@ def check_folders(folder, index, names=tuple(CONFIGS)):
     for component in names:
         value = index.get(component)
         if not isinstance(value, list) or len(value) != 2 or None in value:
-            raise ValueError(f"{folder / 'model_index.json'} has no `{component}`, got {value!r}: {MEND}")
-        if not (folder / component).is_dir():
-            raise ValueError(f"{folder / component} is missing, the folder of the `{component}`: {MEND}")
+            path = folder / "model_index.json"
+            raise ValueError(f"{path}: `{component}` must be a diffusers or transformers class, got {value!r}")
         try:
             read_json(folder / component / CONFIGS[component])
             if component == "tokenizer":
@@ -114,7 +114,7 @@ def find_variants(folder, names=tuple(WEIGHTS), suffixes=("safetensors",)):
     for component, found in variants.items():
         if not found:
             path = folder / component / f"{WEIGHTS[component]}.safetensors"
-            raise ValueError(f"`{component}`: {path} is missing: {MEND}")
+            raise ValueError(f"`{component}`: {path} is missing: {MEND}; weights of a variant need `variant`")
     candidates = [None, *sorted(set().union(*variants.values()) - {None})]
     fitting = [each for each in candidates if all(each in found or None in found for found in variants.values())]
     if not fitting:
@@ -123,25 +123,21 @@ def find_variants(folder, names=tuple(WEIGHTS), suffixes=("safetensors",)):
 
 
 def choose_files(folder, variant, names=tuple(WEIGHTS), suffixes=WEIGHT_SUFFIXES):
-    """The weight files that a load reads.
-
-    Returns:
-        the variant, which is the folder's if it is the only one and none is given, and a `dict` component -> files.
-    """
+    """The weight files that a load reads: a `dict` component -> files."""
     variants = find_variants(folder, names, suffixes) if names else [None]
     if variant is None and variants[0] is not None:
-        if len(variants) > 1:
-            raise ValueError(f"{folder} has weights of several variants only: `variant` must be one of {variants}")
-        variant = variants[0]
+        raise ValueError(f"{folder} has weights of the variant {' or '.join(variants)} only: pass it as `variant`")
     files = {}
     for component in names:
         groups = [weight_files(folder, component, suffix) for suffix in suffixes]
         found = [group[each] for each in dict.fromkeys((variant, None)) for group in groups if each in group]
         if not found:
-            have = sorted({str(each) for group in groups for each in group})
-            raise ValueError(f"`{component}`: no weights of variant {variant!r} in {folder / component}, only {have}")
+            have = ", ".join(sorted({each or "plain ones" for group in groups for each in group}))
+            raise ValueError(
+                f"`{component}`: {folder / component} has no weights of `variant` {variant!r}, only {have}"
+            )
         files[component] = found[0]
-    return variant, files
+    return files
 
 
 def read_header(path):
@@ -166,8 +162,9 @@ def read_shapes(paths):
     return {name: tuple(shape) for path in paths for name, (_, shape) in read_header(path).items()}
 
 
-def build_model(model_class, config):
-    """A model without weights, on the meta device, of a class of diffusers or transformers."""
+def build_model(model_class, config, origin):
+    """A model without weights, on the meta device, of a class of diffusers or transformers. `origin` of the config is
+    for the message of a ValueError."""
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     try:
         with torch.device("meta"):
@@ -177,7 +174,7 @@ def build_model(model_class, config):
             model.tie_weights()
             return model
     except Exception as error:  # the libraries check configs each in its own way, or not at all
-        raise ValueError(f"it describes no {model_class.__name__}: {error}") from error
+        raise ValueError(f"{origin} describes no {model_class.__name__}: {error}") from error
 
 
 def misfits(shapes, model):
@@ -233,10 +230,8 @@ def check_weights(folder, index, files, models=None):
         model = (models or {}).get(component)
         if model is not None and not misfits(shapes, model):
             continue
-        try:
-            model = build_model(getattr(importlib.import_module(library), class_name), config)
-        except ValueError as error:
-            raise ValueError(f"`{component}`: {folder / component / 'config.json'}: {error}") from error
+        model_class, origin = getattr(importlib.import_module(library), class_name), folder / component / "config.json"
+        model = build_model(model_class, config, f"`{component}`: {origin}")
         if problems := misfits(shapes, model):
             raise ValueError(
                 f"`{component}`: the tensors of {', '.join(map(str, paths))} are not those that its config.json "
@@ -244,17 +239,21 @@ def check_weights(folder, index, files, models=None):
             )
 
 
-def advice(shapes):
-    """How to mend a weight file with these names, which do not fit."""
-    if any(".base_layer." in name or ".lora_" in name for name in shapes):
+def advice(names, loaded=False):
+    """How to mend weights with these names, which do not fit those of their model."""
+    again = "save it then" if loaded else "save the model again"
+    if any(".base_layer." in name or ".lora_" in name for name in names):
         return (
-            "They were saved with a LoRA: call `unload_lora_weights()`, to keep it after `fuse_lora()`, and save again"
+            "There is a LoRA in it: call `unload_lora_weights()`, or to merge the LoRA into it `fuse_lora()` and then "
+            f"that, and {again}; `save_lora_weights` saves the LoRA alone"
         )
-    if any(name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1")) for name in shapes):
-        return "They were saved with weight normalisation: call `remove_weight_norm()` of the model and save again"
-    if any("_orig_mod." in name for name in shapes):
-        return "They were saved from inside `torch.compile`: save the compiled model itself (`_orig_mod`) again"
-    return f"Please {MEND}"
+    if any(name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1")) for name in names):
+        return f"There is weight normalisation in it: call `remove_weight_norm()`, and {again}"
+    if any("_orig_mod." in name for name in names):
+        return f"Parts of it are compiled: put the modules (`_orig_mod`) back, and {again}"
+    if any(".to_qkv." in name or ".to_kv." in name for name in names):
+        return f"Projections are fused in it: call `unfuse_qkv_projections()`, and {again}"
+    return "Its config is not that of these tensors" if loaded else f"Please {MEND}"
 
 
 def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), use_safetensors=None):
@@ -268,7 +267,7 @@ def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), 
         use_safetensors (`bool`, *optional*): as for `from_pretrained`.
 
     Returns:
-        the variant, and the arguments of [`check_weights`].
+        the arguments of [`check_weights`].
 
     Raises:
         ValueError: naming the component and the file that is missing or damaged, and how to mend it.
@@ -277,29 +276,30 @@ def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), 
     index = read_index(folder, class_names)
     check_folders(folder, index, [name for name in CONFIGS if name not in passed])
     suffixes = WEIGHT_SUFFIXES if use_safetensors is None else ("safetensors",) if use_safetensors else ("bin",)
-    variant, files = choose_files(folder, variant, [name for name in WEIGHTS if name not in passed], suffixes)
+    files = choose_files(folder, variant, [name for name in WEIGHTS if name not in passed], suffixes)
     for component, paths in files.items():
         try:
             read_shapes(paths)
         except ValueError as error:
             raise ValueError(f"`{component}`: {error}: {MEND}") from error
-    return variant, (folder, index, files)
+    return folder, index, files
 
 
-def find_folder(name_or_path, components):
-    """Where `DiffusionPipeline.from_pretrained(name_or_path)` has loaded components from.
+def check_loaded(name_or_path, components, class_names=("TangoPipeline",)):
+    """Check what `DiffusionPipeline.from_pretrained(name_or_path)` has loaded components from, as far as it is known.
 
     Args:
         name_or_path (`str` or `Path`): folder or repo.
-        components (`dict`): name -> model, tokenizer or scheduler.
+        components (`dict`): name -> model, tokenizer or scheduler. Those of another origin are not checked.
+        class_names (sequence of `str`): accepted names of the pipeline's class.
 
-    Returns:
-        the folder, `None` if it cannot be found, and those of `components` that came from it.
+    Raises:
+        ValueError: as [`find_model`] and [`check_weights`].
     """
 
     def origin(component):
         config = getattr(component, "config", None)
-        return getattr(component, "name_or_path", None) or getattr(config, "_name_or_path", None) or ""
+        return getattr(component, "name_or_path", None) or getattr(config, "_name_or_path", None)
 
     origins = {name: Path(origin(component)) for name, component in components.items() if origin(component)}
     folder = Path(name_or_path)
@@ -307,8 +307,36 @@ def find_folder(name_or_path, components):
         cache = f"models--{str(name_or_path).replace('/', '--')}"
         parents = [path.parent for name, path in origins.items() if path.name == name and cache in path.parts]
         folder = next((path for path in parents if (path / "model_index.json").is_file()), None)
-        if folder is None:
-            return None, {}
+    if folder is None:
+        return
     # A component without a folder of its own is looked for in the folder of all
     loaded = {name: components[name] for name, path in origins.items() if path in (folder, folder / name)}
-    return folder, loaded
+    models = [name for name in WEIGHTS if name in loaded]
+    variant = find_variants(folder, models, WEIGHT_SUFFIXES)[0] if models else None
+    check_weights(*find_model(folder, class_names, variant, components.keys() - loaded.keys()), models=loaded)
+
+
+def check_savable(components):
+    """Check that the models among `components` would be saved as what `from_pretrained` reads.
+
+    Args:
+        components (`dict`): name -> model, tokenizer or scheduler.
+
+    Raises:
+        ValueError: naming the component that has adapters, offloaded weights or other tensors than its class.
+    """
+    for component in WEIGHTS:
+        model = getattr(components.get(component), "_orig_mod", components.get(component))
+        if not isinstance(model, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+            continue
+        if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+            continue
+        state = model.state_dict(keep_vars=True)
+        if any(tensor.is_meta for tensor in state.values()):
+            raise ValueError(
+                f"`{component}` has weights that are offloaded: call `remove_all_hooks()` before saving it"
+            )
+        config = dict(model.config) if isinstance(model, diffusers.ModelMixin) else model.config.to_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if problems := misfits(shapes, build_model(type(model), config, f"the config of the {component}")):
+            raise ValueError(f"`{component}` would not load again; {problems}. {advice(shapes, loaded=True)}")

@@ -23,10 +23,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
-from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 from transformers.audio_utils import mel_filter_bank
 
-from .json_files import read_json, write_json
+from .json_files import check_file, read_json, write_json
+from .model_files import TOKENIZERS, build_model, check_vocabulary, describe_misfits, listed
 from .weight_maps import TIED, VOCODER_CONSTANTS, original_names, original_shape, plain_names, read, to_diffusers
 
 
@@ -113,8 +114,7 @@ GROUPS_REASON = (
 
 def check_pickle(path):
     """Read a PyTorch file through once: `ValueError` if it is missing, cut short or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in tqdm(archive.infolist(), desc=f"checking {path.name}", unit="tensor", delay=2, leave=False):
@@ -235,6 +235,7 @@ def open_original(source, *, scaling_factor=None, download=snapshot_download):
     text_config = read_json(text_encoder / "config.json")
     if text_config.get("model_type") != "t5":
         raise ValueError(f"{text_encoder}: the text encoder must be a T5, got {text_config.get('model_type')!r}")
+    check_vocabulary(text_encoder)
     if scaling_factor is None:
         scaling_factor = read_scaling_factor(layout.vae_config.get("scale_factor"))
     configs = {
@@ -421,7 +422,7 @@ def save_component(original, component, folder, dtype=None, variant=None):
         return loaded.to("meta")
     loaded.save_pretrained(folder / component)
     if component == "tokenizer":
-        for name in ("spiece.model", "tokenizer.json"):  # each version of transformers reads one of them
+        for name in TOKENIZERS:
             if (original.text_encoder / name).is_file() and not (folder / component / name).exists():
                 shutil.copyfile(original.text_encoder / name, folder / component / name)
     return loaded
@@ -530,18 +531,7 @@ def vocoder_config(tensors, stft_config):
 
 def build(component, config):
     """A model without weights, on the meta device."""
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    try:
-        with torch.device("meta"):
-            if component == "text_encoder":
-                return T5EncoderModel(T5Config.from_dict(config))
-            if component == "vocoder":
-                return SpeechT5HifiGan(SpeechT5HifiGanConfig.from_dict(config))
-            return CLASSES[component].from_config(config)
-    except Exception as error:  # the libraries check configs each in its own way, or not at all
-        raise ValueError(
-            f"the config of the {component} describes no {CLASSES[component].__name__}: {error}"
-        ) from error
+    return build_model(CLASSES[component], config, f"the config of the {component}")
 
 
 def shapes_of(model):
@@ -580,20 +570,10 @@ def check_tensors(path, tensors, wanted):
         for name in sorted(found & set(wanted))
         if read(tensors, name).shape != wanted[name]
     ]
-    problems = {
-        "missing": sorted(set(wanted) - found),
-        "unexpected": sorted(found - dropped - set(wanted)),
-        "of a wrong shape": wrong,
-    }
-    problems = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
+    problems = describe_misfits(missing=set(wanted) - found, unexpected=found - dropped - set(wanted), wrong=wrong)
     if problems:
-        raise ValueError(f"{path} does not fit the configs; {'; '.join(problems)}")
+        raise ValueError(f"{path} does not fit the configs; {problems}")
     return sorted(dropped)
-
-
-def listed(names):
-    names = [f"`{name}`" for name in names]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def shape_of(tensors, name, num_dimensions):

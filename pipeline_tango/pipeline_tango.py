@@ -82,7 +82,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
-from .model_files import check_weights, find_folder, find_model
+from .model_files import check_loaded, check_savable, check_weights, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -200,8 +200,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing, and checkpoints in the
         original's layout too.
 
-        Without `variant`, a folder that has the weights of one variant only is loaded with these.
-
         A checkpoint in the original's layout, such as "declare-lab/tango2" or a folder of its training, is downloaded
         and converted once, one component at a time. The result is kept in the Hub's cache for each commit and `dtype`,
         and is what later calls load, offline too. `tango-cache` lists and removes what is kept.
@@ -243,7 +241,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     @classmethod
     def _from_folder(cls, folder, name_or_path, **kwargs):
         """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
-        kwargs["variant"], files = find_model(
+        files = find_model(
             folder,
             class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
             variant=kwargs.get("variant"),
@@ -264,10 +262,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
-            folder, loaded = find_folder(kwargs["_name_or_path"], self.components)
-            if folder is not None:
-                _, files = find_model(folder, [type(self).__name__], passed=set(self.components) - set(loaded))
-                check_weights(*files, models=loaded)
+            check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
 
     @property
     def num_mel_bins(self):
@@ -421,13 +416,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         **push_to_hub_kwargs,
     ):
         """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
-        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed.
+
+        Raises:
+            ValueError: before anything is written, if a model has adapters or offloaded weights, or could not be
+                loaded again for another reason.
+        """
+        check_savable(self.components)
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
             file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Upload what `save_pretrained` saves, as [`DiffusionPipeline.push_to_hub`] does."""
+        check_savable(self.components)  # before a repo is created
+        return super().push_to_hub(*args, **kwargs)
 
     def prepare_extra_step_kwargs(self, generator, eta):
         """The arguments among `generator` and `eta` that this scheduler's `step` has. `eta=None` keeps its default."""

@@ -21,7 +21,6 @@ MAY_IMPORT = {
 INFERENCE = {  # files of pipeline_tango -> files beside them that they may import. The command and the like import all
     "attention": set(),
     "deep_cache": set(),
-    "lora": set(),
     "mel": set(),
     "prompts": set(),
     "schedule": set(),
@@ -30,13 +29,14 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "json_files": set(),
     "input_audio": {"mel"},
     "model_files": {"json_files"},
+    "lora": {"json_files", "model_files"},
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
 INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
 INFERENCE |= {
     "weight_maps": set(),
-    "original": {"json_files", "weight_maps"},
+    "original": {"json_files", "model_files", "weight_maps"},
     "original_hub": {"original"},
     "converted": {"json_files", "original", "original_hub"},
 }
