@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import weights
+from checkpoints import weights, write_full_size
 from hub import File, Hub, Repo, start
 
 from pipeline_tango.single_file import single_file
@@ -476,3 +477,35 @@ def test_without_the_package_two_ways_are_told(hub, original_checkpoint, tmp_pat
     assert len(lines) == 2, process.stderr
     for line in lines:
         assert "install the package pipeline-tango" in line and "convert it by tango-convert" in line
+
+
+# A checkpoint of the released size: TANGO_FULL_SIZE=1 and 15 GB of disk
+
+
+@pytest.fixture(scope="module")
+def full_size_checkpoint(original_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full") / "tango"
+    write_full_size(original_checkpoint, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif("TANGO_FULL_SIZE" not in os.environ, reason="minutes and 15 GB of disk: set TANGO_FULL_SIZE=1")
+@pytest.mark.parametrize("dtype, limit_in_gib", [("bfloat16", 4), ("float32", 6.5)])
+def test_time_and_peak_memory_at_full_size(full_size_checkpoint, tmp_path, dtype, limit_in_gib):
+    code = (  # not ru_maxrss: a child starts with its parent's
+        "import sys, time, torch; from pipeline_tango import TangoPipeline\n"
+        "start, cpu = time.perf_counter(), time.process_time()\n"
+        "pipe = TangoPipeline.from_pretrained(sys.argv[1], cache_dir=sys.argv[2], dtype=getattr(torch, sys.argv[3]))\n"
+        "print(f'{time.perf_counter() - start:.1f} {time.process_time() - cpu:.1f}')\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    peaks = []
+    for call in ("first", "second"):
+        command = [sys.executable, "-c", code, full_size_checkpoint, tmp_path / "cache", dtype]
+        result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        *seconds, peak = result.stdout.split()
+        peaks.append(int(peak) / 2**20)
+        print(f"{dtype}, {call} call: {seconds[0]} s, CPU {seconds[1]} s, peak {peaks[-1]:.2f} GiB")
+    shutil.rmtree(tmp_path / "cache")
+    assert max(peaks) < limit_in_gib
