@@ -453,8 +453,17 @@ def read_model_defaults(args, dtypes):
 
     `args.source` becomes what is loaded: `args.model`, or what a checkpoint in the original's layout is converted to.
     """
+    import diffusers
+    import huggingface_hub
+    import transformers
+
     from . import TangoPipeline
     from .converted import with_conversion
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if args.quiet:
+        huggingface_hub.utils.disable_progress_bars()
 
     def attempt(source, **options):
         args.source = source
@@ -508,14 +517,9 @@ def choose_device(args, state):
 
 
 def load_pipeline(args, device, dtypes):
-    import diffusers
-    import transformers
-
     from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
     from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     try:
         variant = args.variant
         if variant is None and os.path.isdir(args.source):

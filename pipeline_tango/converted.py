@@ -153,6 +153,8 @@ def dtypes_of(dtype):
     """Model -> dtype of its weights, as diffusers reads the argument `dtype`."""
     import torch
 
+    if not isinstance(dtype, (dict, torch.dtype)):
+        dtype = torch.float32
     values = {name: dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype for name in MODELS}
     dtypes = {}
     for name, value in values.items():
@@ -264,7 +266,7 @@ def convert_repo(source, revision, commit, reason, pipeline_class, dtypes, force
                 )
                 folder = kept / entry_name(commit, dtypes)
                 write_entry(original, folder, pipeline_class, dtypes, source, repo.license, options)
-    with contextlib.suppress(OSError):  # in a cache that can only be read
+    with contextlib.suppress(OSError):  # a cache that can only be read
         write_ref(ref_of(source, revision, options["cache_dir"]), commit)
     return commit, folder
 
