@@ -49,7 +49,10 @@ AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manif
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
 PROMPT_COLUMNS = ("prompt", "captions", "caption", "text")  # as in training, after our own name
-CONVERT_HINT = "a checkpoint in the original's layout is converted by: tango-convert SOURCE OUTPUT"
+NO_MODEL = (
+    "no model in {model}, which must be a folder or a Hub repo, with model_index.json or in the original's layout: "
+    "{error}"
+)
 
 
 def is_text(value):
@@ -271,7 +274,19 @@ def parse_arguments(argv):
         "--model",
         metavar="FOLDER_OR_REPO",
         default=TANGO_TINY,
-        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
+        help="diffusers folder, or Hub repo such as owner/name, or a checkpoint in the original's layout such as "
+        "declare-lab/tango2, which is converted once (default: tango-tiny, which comes with the package)",
+    )
+    parser.add_argument(
+        "--remove_originals",
+        action="store_true",
+        help="delete the downloaded weights in the original's layout once they are converted",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which weights of the model to load, such as fp16 (default: the plain ones, or those of the only variant "
+        "that a folder has)",
     )
     parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
@@ -420,6 +435,10 @@ def parse_arguments(argv):
         raise CommandError("give either a prompt or --prompts FILE")
     if not args.model:
         raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
+    if args.lora == "":
+        raise CommandError("--lora must be a folder, or a Hub repo such as owner/name")
+    if args.variant is not None and not re.fullmatch(r"[\w-]+", args.variant):
+        raise CommandError(f"--variant must be a name such as fp16, got {args.variant!r:.100}")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -470,6 +489,7 @@ def plan_sounds(args, first_seed, defaults):
                     "guidance": request.get("guidance", guidance),
                     "scheduler": defaults["scheduler"],
                     "model": model_name(args.model),
+                    **({"variant": args.variant} if args.variant else {}),
                     **({"lora": args.lora} if args.lora else {}),
                     **{name: getattr(args, name) for name in SPEED_SETTINGS if getattr(args, name) is not None},
                     **args.audio_settings,
@@ -491,25 +511,50 @@ def split_into_batches(sounds, batch_size):
     return batches
 
 
-def read_model_defaults(model):
-    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only."""
-    from . import TangoPipeline
+def read_model_defaults(args, dtypes):
+    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only.
 
-    if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
-        raise OSError(f"{model} is not a diffusers folder: {CONVERT_HINT}")
+    `args.source` becomes what is loaded: `args.model`, or what a checkpoint in the original's layout is converted to.
+    """
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    from . import TangoPipeline
+    from .converted import with_conversion
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if args.quiet:
+        huggingface_hub.utils.disable_progress_bars()
+
+    def attempt(source, **options):
+        args.source = source
+        return TangoPipeline.load_config(source, **options)
+
     try:
-        config = TangoPipeline.load_config(model)
+        config = with_conversion(
+            args.model,
+            attempt,
+            TangoPipeline,
+            dtype=dtypes,
+            variant=args.variant,
+            remove_originals=args.remove_originals,
+        )
+        class_name = config["_class_name"]
+    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
+        raise OSError(NO_MODEL.format(model=args.model, error=str(error)[:350])) from error
+    if class_name != "TangoPipeline":
+        raise OSError(f"the model in {args.model} is of the class {class_name}, not TangoPipeline")
+    try:
         return {
             "seconds": config["default_audio_length_in_s"],
             "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
             "guidance": config.get("default_guidance_scale", 3.0),
             "scheduler": config["scheduler"][1],
         }
-    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
-        raise OSError(
-            f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
-            f"{CONVERT_HINT} ({error!s:.120})"
-        ) from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise OSError(NO_MODEL.format(model=args.model, error=repr(error)[:120])) from error
 
 
 def model_name(model):
@@ -535,15 +580,15 @@ def choose_device(args, state):
 
 
 def load_pipeline(args, device, dtypes):
-    import diffusers
-    import transformers
-
     from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
+    from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model, dtype=dtypes)
+        variant = args.variant
+        if variant is None and os.path.isdir(args.source):
+            variants = find_variants(Path(args.source), tuple(WEIGHTS), WEIGHT_SUFFIXES)
+            variant = variants[0] if len(variants) == 1 else None
+        pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes, variant=variant)
     except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.lora:
@@ -584,6 +629,7 @@ def find_missing(args, sounds, paths, manifest):
         records = read_manifest(manifest, strict=not args.overwrite)
     except OSError as error:
         raise FolderError(f"cannot read {manifest}: {error}") from error
+    optional = ("variant", "lora", *AUDIO_SETTINGS, *SPEED_SETTINGS)
     todo = []
     for sound in sounds:
         files = paths[sound["file"]]
@@ -593,10 +639,8 @@ def find_missing(args, sounds, paths, manifest):
         if record is None and not args.overwrite:
             check_ours(files, sound, manifest.exists())
         elif record is not None and files[0].exists() and not args.overwrite:
-            check_unchanged(files[0], record, sound, ("lora", *AUDIO_SETTINGS, *SPEED_SETTINGS))
-        is_same = record is not None and all(
-            record.get(name) == sound.get(name) for name in (*sound, "lora", *AUDIO_SETTINGS, *SPEED_SETTINGS)
-        )
+            check_unchanged(files[0], record, sound, optional)
+        is_same = record is not None and all(record.get(name) == sound.get(name) for name in (*sound, *optional))
         if not is_same or not all(path.exists() for path in files):
             todo.append(sound)
     return records, todo
@@ -630,8 +674,8 @@ def make_sounds(args):
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device = choose_device(args, state)
     dtypes = choose_dtypes(args.dtype, device, args.fast)
-    defaults = read_model_defaults(args.model)
-    for name, value in fast_settings(args.model).items() if args.fast else ():
+    defaults = read_model_defaults(args, dtypes)
+    for name, value in fast_settings(args.source).items() if args.fast else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.scheduler:

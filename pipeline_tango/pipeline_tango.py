@@ -21,6 +21,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from importlib import import_module
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from .attention import BlockedAttnProcessor  # noqa: F401
@@ -80,6 +82,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
+from .model_files import check_loaded, check_savable, check_weights, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -112,6 +115,22 @@ class StepCallback(NamedTuple):
         text.prompt_embeds = outputs.pop("prompt_embeds", text.prompt_embeds)
         text.attention_mask = outputs.pop("attention_mask", text.attention_mask)
         return outputs.pop("latents", latents)
+
+
+def load_without_converter(source, attempt):
+    """What `attempt` loads from `source`, or an error that says what checkpoints in the original's layout need."""
+    folder = str(source)
+    has_index = os.path.isfile(os.path.join(folder, "model_index.json"))
+    is_original = not has_index and os.path.isfile(os.path.join(folder, "main_config.json"))
+    try:
+        return attempt(source)
+    except (OSError, ValueError) as error:
+        if is_original or isinstance(error, RemoteEntryNotFoundError):
+            raise OSError(
+                f"{source} has no model_index.json. To load a checkpoint in the original's layout, either install the "
+                "package pipeline-tango, or convert it by tango-convert where that is installed and load the result."
+            ) from error
+        raise
 
 
 class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
@@ -175,6 +194,75 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, remove_originals=False, **kwargs):
+        """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing, and checkpoints in the
+        original's layout too.
+
+        A checkpoint in the original's layout, such as "declare-lab/tango2" or a folder of its training, is downloaded
+        and converted once, one component at a time. The result is kept in the Hub's cache for each commit and `dtype`,
+        and is what later calls load, offline too. `tango-cache` lists and removes what is kept.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder, of either layout.
+            remove_originals (`bool`, *optional*, defaults to `False`): delete the weights in the original's layout
+                from the Hub's cache once they are converted. Folders outside of it are never changed.
+            kwargs: as in diffusers. `dtype` is also what is converted to, float32 if not given.
+
+        Raises:
+            OSError: there is no such repo or folder, the Hub cannot be reached, or the disk is full.
+            ValueError: naming the component and the file or tensors that are missing, unexpected or damaged; or
+                `variant` is given for a checkpoint in the original's layout.
+        """
+
+        def attempt(source, **more):
+            options, folder = {**kwargs, **more}, source
+            if not os.path.isdir(folder) and str(folder).count("/") < 2:
+                folder = cls.download(folder, **options)
+            if not os.path.isdir(folder):
+                return super(TangoPipeline, cls).from_pretrained(folder, **options)  # says what is wrong with the name
+            return cls._from_folder(folder, pretrained_model_name_or_path, **options)
+
+        try:  # by its name, since the code file of a Hub repo has nothing beside it and may do without the package
+            converted = import_module("pipeline_tango.converted")
+        except ImportError:
+            return load_without_converter(pretrained_model_name_or_path, attempt)
+        names = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        return converted.with_conversion(
+            pretrained_model_name_or_path,
+            attempt,
+            cls,
+            dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
+            remove_originals=remove_originals,
+            **{name: kwargs[name] for name in names if name in kwargs},
+        )
+
+    @classmethod
+    def _from_folder(cls, folder, name_or_path, **kwargs):
+        """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
+        files = find_model(
+            folder,
+            class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
+            variant=kwargs.get("variant"),
+            passed=kwargs,
+            use_safetensors=kwargs.get("use_safetensors"),
+        )
+        try:
+            pipe = super().from_pretrained(folder, **kwargs)
+        except Exception:
+            check_weights(*files)  # which names the tensors, where they were the reason
+            raise
+        check_weights(*files, models=pipe.components)
+        pipe.register_to_config(_name_or_path=name_or_path)
+        return pipe
+
+    def register_to_config(self, **kwargs):
+        """As [`ConfigMixin`]'s. [`DiffusionPipeline.from_pretrained`], which loads this file as a `custom_pipeline`,
+        ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
+            check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
 
     @property
     def num_mel_bins(self):
@@ -328,13 +416,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         **push_to_hub_kwargs,
     ):
         """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
-        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed.
+
+        Raises:
+            ValueError: before anything is written, if a model has adapters or offloaded weights, or could not be
+                loaded again for another reason.
+        """
+        check_savable(self.components)
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
             file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Upload what `save_pretrained` saves, as [`DiffusionPipeline.push_to_hub`] does."""
+        check_savable(self.components)  # before a repo is created
+        return super().push_to_hub(*args, **kwargs)
 
     def prepare_extra_step_kwargs(self, generator, eta):
         """The arguments among `generator` and `eta` that this scheduler's `step` has. `eta=None` keeps its default."""

@@ -21,17 +21,25 @@ MAY_IMPORT = {
 INFERENCE = {  # files of pipeline_tango -> files beside them that they may import. The command and the like import all
     "attention": set(),
     "deep_cache": set(),
-    "lora": set(),
     "mel": set(),
     "prompts": set(),
     "schedule": set(),
     "single_file": set(),
     "windows": set(),
+    "json_files": set(),
     "input_audio": {"mel"},
+    "model_files": {"json_files"},
+    "lora": {"json_files", "model_files"},
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
-INFERENCE["pipeline_tango"] = set(INFERENCE)
+INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
+INFERENCE |= {
+    "weight_maps": set(),
+    "original": {"json_files", "model_files", "weight_maps"},
+    "original_hub": {"original"},
+    "converted": {"json_files", "original", "original_hub"},
+}
 RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
 BEHIND_EXTRAS = {"matplotlib", "torch_xla", "soundfile"}
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -676,18 +677,42 @@ def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, con
     assert os.listdir(tmp_path) == ["list.txt"]
 
 
-def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
+def test_a_model_that_is_not_there_is_told_in_one_line(error_of, tiny_folder, tmp_path):
     assert "--model must be" in error_of("rain", "--model", "")[1]
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
-    status, line = error_of("rain", "--model", original_checkpoint)
-    assert status == 1 and "tango-convert SOURCE OUTPUT" in line
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
     status, line = error_of("rain", "--model", broken, "-o", tmp_path / "rain.wav", "--quiet")
     assert status == 1 and "cannot load" in line
     assert sorted(os.listdir(tmp_path)) == ["broken"]
+
+
+def test_an_empty_lora_or_variant_is_an_error_as_an_empty_model_is(error_of, tiny_folder, tmp_path):
+    for flag in ("--lora", "--variant"):
+        status, line = error_of("rain", "--model", tiny_folder, flag, "", "-o", tmp_path / "rain.wav")
+        assert status == 2 and f"{flag} must be" in line
+    assert not os.listdir(tmp_path)
+
+
+def test_a_model_of_another_pipeline_is_called_by_its_class(error_of, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("TangoPipeline", "AudioLDMPipeline"))
+    status, line = error_of("rain", "--model", folder, "-o", tmp_path / "rain.wav")
+    assert status == 1 and "is of the class AudioLDMPipeline, not TangoPipeline" in line and "no model" not in line
+
+
+def test_the_only_variant_of_a_folder_is_loaded_and_others_by_name(error_of, pipe, tmp_path, capsys):
+    quick = ["--steps=2", "--seconds=0.1", "--seed=0", "--dtype=float32"]
+    folder = tmp_path / "model"
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert main(["rain", f"--model={folder}", *quick, f"-o={tmp_path / 'a.wav'}"]) == 0
+    assert main(["rain", f"--model={folder}", *quick, f"-o={tmp_path / 'b.wav'}", "--variant=fp16"]) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    status, line = error_of("rain", "--model", folder, "--variant=bf16", "-o", tmp_path / "c.wav", "--quiet")
+    assert status == 1 and "no weights of `variant` 'bf16', only fp16" in line
 
 
 def test_a_full_disk_leaves_nothing(tango, tmp_path, capsys):
