@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 
 from .json_files import check_file, read_json
@@ -30,8 +31,8 @@ WEIGHTS = {
 }
 TOKENIZERS = ("tokenizer.json", "spiece.model")  # each version of transformers reads one of them
 WEIGHT_SUFFIXES = ("safetensors", "bin")  # in the order in which they are looked for
-# Of a whole T5 in place of its encoder, and a buffer that some versions saved
-NOT_NEEDED = (r"^decoder\.", r"^lm_head\.", r"(^|\.)position_ids$")
+# Of a whole T5, a buffer that some versions saved, and the copies that `fuse_qkv_projections` makes
+NOT_NEEDED = (r"^lm_head\.", r"(^|\.)position_ids$", r"\.to_q?kv\.(weight|bias)$")
 MEND = "copy or download that folder again, or save the model again from where it is complete"
 
 
@@ -238,17 +239,22 @@ def check_weights(folder, index, files, models=None):
             )
 
 
-def advice(shapes):
-    """How to mend a weight file with these names, which do not fit."""
-    if any(".base_layer." in name or ".lora_" in name for name in shapes):
+def advice(names, loaded=False):
+    """How to mend weights with these names, which do not fit those of their model."""
+    again = "save it then" if loaded else "save the model again"
+    if any(".base_layer." in name or ".lora_" in name for name in names):
         return (
-            "They were saved with a LoRA: call `unload_lora_weights()`, to keep it after `fuse_lora()`, and save again"
+            "There is a LoRA in it: call `unload_lora_weights()`, or to merge the LoRA into it `fuse_lora()` and then "
+            f"that, and {again}; `save_lora_weights` saves the LoRA alone"
         )
-    if any(name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1")) for name in shapes):
-        return "They were saved with weight normalisation: call `remove_weight_norm()` of the model and save again"
-    if any("_orig_mod." in name for name in shapes):
-        return "They were saved from inside `torch.compile`: save the compiled model itself (`_orig_mod`) again"
-    return f"Please {MEND}"
+    if any(name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1")) for name in names):
+        return (
+            "There is weight normalisation in it: remove that (`torch.nn.utils.parametrize.remove_parametrizations`, "
+            f"`torch.nn.utils.remove_weight_norm` for `weight_g` and `weight_v`), and {again}"
+        )
+    if any("_orig_mod." in name for name in names):
+        return f"Parts of it are compiled: put the modules (`_orig_mod`) back, and {again}"
+    return "Its config is not that of these tensors" if loaded else f"Please {MEND}"
 
 
 def find_model(folder, class_names=("TangoPipeline",), variant=None, passed=(), use_safetensors=None):
@@ -309,3 +315,29 @@ def check_loaded(name_or_path, components, class_names=("TangoPipeline",)):
     models = [name for name in WEIGHTS if name in loaded]
     variant = find_variants(folder, models, WEIGHT_SUFFIXES)[0] if models else None
     check_weights(*find_model(folder, class_names, variant, components.keys() - loaded.keys()), models=loaded)
+
+
+def check_savable(components):
+    """Check that the models among `components` would be saved as what `from_pretrained` reads.
+
+    Args:
+        components (`dict`): name -> model, tokenizer or scheduler.
+
+    Raises:
+        ValueError: naming the component that has adapters, offloaded weights or other tensors than its class.
+    """
+    for component in WEIGHTS:
+        model = getattr(components.get(component), "_orig_mod", components.get(component))
+        if not isinstance(model, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+            continue
+        if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+            continue
+        state = model.state_dict(keep_vars=True)
+        if any(tensor.is_meta for tensor in state.values()):
+            raise ValueError(
+                f"`{component}` has weights that are offloaded: call `remove_all_hooks()` before saving it"
+            )
+        config = dict(model.config) if isinstance(model, diffusers.ModelMixin) else model.config.to_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if problems := misfits(shapes, build_model(type(model), config, f"the config of the {component}")):
+            raise ValueError(f"`{component}` would not load again; {problems}. {advice(shapes, loaded=True)}")

@@ -80,7 +80,7 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
-from .model_files import check_loaded, check_weights, find_model
+from .model_files import check_loaded, check_savable, check_weights, find_model
 from .prompts import TextTrack
 from .schedule import SCHEDULERS, Schedule  # noqa: F401
 from .seams import composite, split_band  # noqa: F401
@@ -369,13 +369,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         **push_to_hub_kwargs,
     ):
         """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
-        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed.
+
+        Raises:
+            ValueError: before anything is written, if a model has adapters or offloaded weights, or could not be
+                loaded again for another reason.
+        """
+        check_savable(self.components)
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
             file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Upload what `save_pretrained` saves, as [`DiffusionPipeline.push_to_hub`] does."""
+        check_savable(self.components)  # before a repo is created
+        return super().push_to_hub(*args, **kwargs)
 
     def prepare_extra_step_kwargs(self, generator, eta):
         """The arguments among `generator` and `eta` that this scheduler's `step` has. `eta=None` keeps its default."""

@@ -21,7 +21,6 @@ MAY_IMPORT = {
 INFERENCE = {  # files of pipeline_tango -> files beside them that they may import. The command and the like import all
     "attention": set(),
     "deep_cache": set(),
-    "lora": set(),
     "mel": set(),
     "prompts": set(),
     "schedule": set(),
@@ -30,6 +29,7 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "json_files": set(),
     "input_audio": {"mel"},
     "model_files": {"json_files"},
+    "lora": {"json_files", "model_files"},
     "seams": {"input_audio", "mel"},
     "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
 }
