@@ -174,7 +174,9 @@ def test_any_bytes_are_clips_or_a_value_error(tmp_path, data, name):
     except ValueError as error:
         assert name in str(error)
     else:
-        assert clips and all(isinstance(text, str) and text.strip() for clip in clips for text in clip.captions)
+        assert clips and all(isinstance(text, str) for clip in clips for text in clip.captions)
+        empty = [clip for clip in clips if not clip.captions or not all(text.strip() for text in clip.captions)]
+        assert inspect_clips(empty)[1] == [Fault(clip.path, "no caption") for clip in empty]
 
 
 LOCATIONS = st.sampled_from(["good.wav", "bad.wav", "none.wav", "", " ", "a\0b.wav", "x" * 300, ".", "\ud800.wav"])
