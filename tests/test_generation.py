@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from evaluation_runs import read_results, sounds_of
 from scipy.io import wavfile
 
-from training.evaluation.generation import plan_sweep
+from pipeline_tango.sound_folder import locked
+from training.evaluation.generation import GenerationSettings, find_missing, generate, plan_sweep
+from training.evaluation.items import Item
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -142,3 +145,17 @@ def test_what_users_put_into_a_folder_of_sounds_is_neither_read_nor_removed(
     measure(*flags, references=None, status=1)
     error = capsys.readouterr().err
     assert f"--output_dir: {folder / 'settings.json'} is not JSON" in error and "give another folder" in error
+
+
+def test_files_of_others_and_folders_in_use_are_refused(tmp_path):
+    [system] = plan_sweep({"a": "a"}, ["own"], [1], [3.0], tmp_path / "sounds")
+    prompts, settings = [Item("rain", "rain")], GenerationSettings()
+    system.folder.mkdir(parents=True)
+    (system.folder / "rain-1.wav").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="rain-1.wav is there already and was not made by this command"):
+        find_missing(system, prompts, settings)
+    (system.folder / "settings.json").write_text("{}")  # left by an interrupted run, with a sound without its record
+    assert find_missing(system, prompts, settings) == [[(prompts[0], 1)]]
+    with locked(tmp_path / "sounds"), pytest.raises(ValueError, match="another run is making sounds in"):
+        generate([system], prompts, settings, PartialState(cpu=True), "cpu")
+    assert sorted(os.listdir(tmp_path / "sounds")) == [system.name]

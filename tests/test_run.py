@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from training.run import (
     replacing,
     run,
     save_checkpoint,
+    start,
     stop_requested,
     tail_mean,
     write_sound,
@@ -302,3 +304,26 @@ def test_sigterm_is_a_request_to_stop(accelerator):
     assert not stop_requested(accelerator, signals)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop_requested(accelerator, signals)
+
+
+def test_a_result_that_fails_leaves_nothing_and_writers_do_not_meet(accelerator, tmp_path):
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "first") as folder:
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with replacing(tmp_path / "model") as one, replacing(tmp_path / "model") as other:
+        (one / "weights").write_text("one")
+        (other / "weights").write_text("other")
+    assert (tmp_path / "model" / "weights").read_text() == "one"  # the last to be complete
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["model", "lora", "vae", "log.txt", "log.jsonl", "args.json"])
+def test_what_no_run_has_left_is_not_replaced(tmp_path, name):
+    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text('{"theirs": 1}')
+    with pytest.raises(ValueError, match=f"`--output_dir`: .*{name} is there already"):
+        start(tmp_path, "no", "none")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name != "args.json":
+        (tmp_path / "args.json").write_text(json.dumps({"output_dir": "a"}))
+        start(tmp_path, "no", "none")

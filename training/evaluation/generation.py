@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.json_files import read_json
 from pipeline_tango.sound_files import encode_wav, write_atomically
+from pipeline_tango.sound_folder import locked
 
 from ..batches import keyed_generator
 from ..latents import fingerprint
@@ -113,29 +115,33 @@ def generate(systems, prompts, settings, state, device):
         systems (`list[System]`): those of `plan_sweep`.
         state (`accelerate.PartialState`): the processes.
     """
-    missing = {system.name: find_missing(system, prompts, settings) for system in systems}
-    state.wait_for_everyone()  # every process has looked before one writes
-    for model in dict.fromkeys(system.model for system in systems):
-        pipe = None
-        for system in [system for system in systems if system.model == model]:
-            if state.is_main_process:
-                start_manifest(system)
-            state.wait_for_everyone()
-            batches = missing[system.name][state.process_index :: state.num_processes]
-            if not batches:
-                continue
-            if pipe is None:
-                dtype = {"default": torch.float32, "unet": getattr(torch, settings.dtype)}
-                pipe = TangoPipeline.from_pretrained(model, dtype=dtype).to(device)
-                pipe.set_progress_bar_config(disable=True)
-                own_scheduler = pipe.scheduler
-                weights = [fingerprint(each) for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.vocoder)]
-                weights = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-            check_settings(system, settings, weights)
-            scheduler_class = type(own_scheduler) if system.scheduler == "own" else SCHEDULERS[system.scheduler]
-            pipe.scheduler = scheduler_class.from_config(own_scheduler.config)
-            generate_sounds(pipe, system, batches, settings, show_progress=state.is_main_process)
-    state.wait_for_everyone()
+    if not systems:
+        return
+    # a second run that knows nothing of this one would lose lines of the manifests
+    with locked(systems[0].folder.parent) if state.is_main_process else nullcontext():
+        missing = {system.name: find_missing(system, prompts, settings) for system in systems}
+        state.wait_for_everyone()  # every process has looked before one writes
+        for model in dict.fromkeys(system.model for system in systems):
+            pipe = None
+            for system in [system for system in systems if system.model == model]:
+                if state.is_main_process:
+                    start_manifest(system)
+                state.wait_for_everyone()
+                batches = missing[system.name][state.process_index :: state.num_processes]
+                if not batches:
+                    continue
+                if pipe is None:
+                    dtype = {"default": torch.float32, "unet": getattr(torch, settings.dtype)}
+                    pipe = TangoPipeline.from_pretrained(model, dtype=dtype).to(device)
+                    pipe.set_progress_bar_config(disable=True)
+                    own_scheduler = pipe.scheduler
+                    weights = [fingerprint(each) for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.vocoder)]
+                    weights = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+                check_settings(system, settings, weights)
+                scheduler_class = type(own_scheduler) if system.scheduler == "own" else SCHEDULERS[system.scheduler]
+                pipe.scheduler = scheduler_class.from_config(own_scheduler.config)
+                generate_sounds(pipe, system, batches, settings, show_progress=state.is_main_process)
+        state.wait_for_everyone()
 
 
 def file_name(prompt, take):
