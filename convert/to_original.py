@@ -9,7 +9,8 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from pipeline_tango.json_files import read_json, write_json
+from pipeline_tango.json_files import check_file, read_json, write_json
+from pipeline_tango.model_files import check_folders
 from pipeline_tango.original import (
     CLASSES,
     NAMES_PER_MAPPING,
@@ -45,6 +46,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
     index = read_json(source / "model_index.json")
     if index.get("_class_name") != "TangoPipeline":
         raise ValueError(f"{source} must be the folder of a TangoPipeline, got {index.get('_class_name')!r}")
+    check_folders(source, index)
     configs = {component: read_json(source / component / "config.json") for component in CLASSES}
     models = {component: build(component, config) for component, config in configs.items()}
     files = {component: safetensors_files(source, component, variant) for component in CLASSES}
@@ -55,6 +57,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
         tensors = {}
         for path in files[component]:
             try:
+                check_file(path)
                 with safe_open(path, framework="pt") as file:
                     tensors.update({name: file.get_tensor(name) for name in file.keys()})
             except SafetensorError as error:

@@ -14,7 +14,7 @@ from .json_files import check_file
 from .model_files import listed
 
 
-logger = logging.get_logger(__name__)
+lora_logger = logging.get_logger(__name__)
 
 NOT_LORA = ("scheduler", "optimizer", "checkpoint")  # in the names of other files that trainers write
 
@@ -203,7 +203,9 @@ def choose_lora_file(folder_or_repo, options):
         final = [name for name in found if not any(part in name for part in NOT_LORA)]
         final = [name for name in final if name.endswith(f"pytorch_lora_weights{suffix}")] or final
         if len(final) > 1:
-            logger.warning(f"{folder_or_repo} has several LoRA files: {final[0]} is loaded, `weight_name` says which.")
+            lora_logger.warning(
+                f"{folder_or_repo} has several LoRA files: {final[0]} is loaded, `weight_name` says which."
+            )
         if final or len(found) == 1:
             return (final or found)[0]
         if found:
@@ -220,7 +222,7 @@ def repo_files(repo, options):
         except (HfHubHTTPError, ValueError):  # an answer of the Hub, or no name of a repo
             raise
         except Exception as error:  # whatever the HTTP library raises without a network
-            logger.warning(f"The Hub cannot be reached, looking for {repo} in the cache: {error}")
+            lora_logger.warning(f"The Hub cannot be reached, looking for {repo} in the cache: {error}")
     folder = Path(
         snapshot_download(
             str(repo), revision=options["revision"], cache_dir=options["cache_dir"], local_files_only=True

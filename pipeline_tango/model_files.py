@@ -31,8 +31,8 @@ WEIGHTS = {
 }
 TOKENIZERS = ("tokenizer.json", "spiece.model")  # each version of transformers reads one of them
 WEIGHT_SUFFIXES = ("safetensors", "bin")  # in the order in which they are looked for
-# Of a whole T5 in place of its encoder, and a buffer that some versions saved
-NOT_NEEDED = (r"^decoder\.", r"^lm_head\.", r"(^|\.)position_ids$")
+# Of a whole T5, a buffer that some versions saved, and the copies that `fuse_qkv_projections` makes
+NOT_NEEDED = (r"^lm_head\.", r"(^|\.)position_ids$", r"\.to_q?kv\.(weight|bias)$")
 MEND = "copy or download that folder again, or save the model again from where it is complete"
 
 
@@ -248,11 +248,12 @@ def advice(names, loaded=False):
             f"that, and {again}; `save_lora_weights` saves the LoRA alone"
         )
     if any(name.endswith(("weight_g", "weight_v", "weight.original0", "weight.original1")) for name in names):
-        return f"There is weight normalisation in it: call `remove_weight_norm()`, and {again}"
+        return (
+            "There is weight normalisation in it: remove that (`torch.nn.utils.parametrize.remove_parametrizations`, "
+            f"`torch.nn.utils.remove_weight_norm` for `weight_g` and `weight_v`), and {again}"
+        )
     if any("_orig_mod." in name for name in names):
         return f"Parts of it are compiled: put the modules (`_orig_mod`) back, and {again}"
-    if any(".to_qkv." in name or ".to_kv." in name for name in names):
-        return f"Projections are fused in it: call `unfuse_qkv_projections()`, and {again}"
     return "Its config is not that of these tensors" if loaded else f"Please {MEND}"
 
 

@@ -364,3 +364,29 @@ def full_size_checkpoint(original_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full") / "tango"
     write_full_size(original_checkpoint, folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    (
+        ("pytorch_model_main.bin", b"version https://git-lfs.github.com/spec/v1\n", "main.bin is a git-LFS pointer"),
+        ("pytorch_model_vae.bin", b"", "vae.bin is damaged or cut short: it is empty"),
+        ("tiny-t5/tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "json is a git-LFS pointer"),
+        ("tiny-t5/spiece.model", b"", "spiece.model is damaged or cut short: it is empty"),
+    ),
+)
+def test_pointers_and_empty_files_of_a_source_are_named(source, tmp_path, capsys, name, content, message):
+    (source / name).write_bytes(content)
+    assert main([str(source), str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_a_vocabulary_is_refused_both_ways(source, converted, tmp_path, capsys):
+    folder = shutil.copytree(converted, tmp_path / "diffusers")
+    for path in (*(source / "tiny-t5").glob("*"), *(folder / "tokenizer").glob("*")):
+        if path.name in ("spiece.model", "tokenizer.json"):
+            path.unlink()
+    for arguments in ([source], [folder, "--to_original"]):
+        assert main([*map(str, arguments), str(tmp_path / "out")]) == 1
+        assert "has neither tokenizer.json nor spiece.model" in capsys.readouterr().err.splitlines()[-1]
