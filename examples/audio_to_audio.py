@@ -1,15 +1,16 @@
-"""What a Tango model does with a sound that is there already, on the recordings in `examples/sounds`.
+"""Audio input of a Tango model: inpainting, variations, continuation and bandwidth extension of `examples/sounds`.
 
     python -m examples.audio_to_audio [EXAMPLE ...] [--model FOLDER_OR_REPO] [--output_dir out] [--pictures FOLDER]
 
-fill      takes one second out of the birdsong and fills it
-vary      turns rain into fire, at several strengths, and prints how much of the rain is left
-continue  goes on with the birdsong after its end, and begins before its start
-band      takes everything above 4 kHz out of the recordings, makes it anew, and prints the errors
-seams     fills and continues recordings, and prints how they step across the seams, beside steps within recordings
-long      two minutes of rain that becomes thunder, all at once, and window by window as they are done
+fill      removes one second of birdsong and regenerates it
+vary      turns rain into fire, at several strengths, and prints the similarity of the results to the rain
+continue  generates birdsong after the end of a recording and before its start
+band      removes everything above 4 kHz from the recordings, regenerates it, and prints the errors
+seams     inpaints and continues recordings, and prints the steps of level and spectrum across the seams, beside steps
+          within the recordings
+long      generates two minutes of rain that becomes thunder, jointly, and window by window as a stream
 
-Each writes WAV files; fill, vary, continue, band and long also draw a picture. Needs the extra `demo`.
+Each writes WAV files; fill, vary, continue, band and long also draw spectrograms. Needs the extra `demo`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from transformers.audio_utils import hertz_to_mel
 
 from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import split_band
+from pipeline_tango.seams import split_band
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
 
@@ -34,12 +35,12 @@ NUM_TAKES = 2
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 CUTOFF_IN_HZ = 4000
-AUDIBLE_DB = 60.0  # below the loudest part of a sound: what is quieter counts as this
+AUDIBLE_DB = 60.0  # below the loudest part of a sound: lower levels are raised to this
 
-SIDE_IN_S = 0.2  # how much sound on either side of a seam is compared
+SIDE_IN_S = 0.2  # length of the audio on each side of a seam that is compared
 SEAM_CLIP_IN_S = 2.56
-SEAM_REGION_IN_S = (0.8, 1.4)  # made anew
-SEAM_END_IN_S = 2.0  # made from here on
+SEAM_REGION_IN_S = (0.8, 1.4)  # regenerated
+SEAM_END_IN_S = 2.0  # continued from here on
 
 
 def read(name, seconds):
@@ -65,12 +66,12 @@ def write(folder, name, audio, title):
 
 
 def draw(path, sounds):
-    """A PNG of spectrograms below each other.
+    """Write a PNG of spectrograms, one below the other.
 
     Args:
         path (`Path`)
         sounds (`list[tuple[str, np.ndarray, list[tuple[float, float]]]]`): title, samples at 16 kHz, and the
-            stretches in seconds that were made.
+            generated regions in seconds.
     """
     from matplotlib.figure import Figure
 
@@ -109,7 +110,7 @@ def level_db(audio):
 
 
 def audible_db(audio, reference):
-    """`level_db`, where everything 60 dB or more below the loudest of `reference` is that."""
+    """`level_db`, clamped from below at 60 dB under the loudest value of `reference`."""
     return np.maximum(level_db(audio), level_db(reference).max() - AUDIBLE_DB)
 
 
@@ -121,11 +122,14 @@ def similarity(first, second):
 def fill(make, args):
     birds, rate = read("birds", 5.0)
     birds[2 * rate : 3 * rate] = 0.0
-    write(args.output_dir, "fill-before", birds, "birds singing, one second lost")
+    write(args.output_dir, "fill-before", birds, "birds singing, one second missing")
     audio = make("birds singing", audio=birds, audio_sampling_rate=rate, mask=[(2.0, 3.0)])[0]
-    write(args.output_dir, "fill-after", audio, "the same, the second made anew")
+    write(args.output_dir, "fill-after", audio, "the same, the second regenerated")
     made = [(2.0, 3.0)]
-    draw(args.pictures / "fill.png", [("Birds, one second lost", birds, made), ("The second made anew", audio, made)])
+    draw(
+        args.pictures / "fill.png",
+        [("Birds, one second missing", birds, made), ("The second regenerated", audio, made)],
+    )
 
 
 def vary(make, args):
@@ -152,12 +156,12 @@ def continue_(make, args):
     birds, rate = read("birds", 2.5)
     write(args.output_dir, "continue-before", birds, "birds singing")
     audio = make("birds singing", audio=birds, audio_sampling_rate=rate, audio_start_in_s=1.0, audio_length_in_s=6.0)
-    write(args.output_dir, "continue-after", audio[0], "begun one second earlier, and gone on with for 2.5 s")
+    write(args.output_dir, "continue-after", audio[0], "begun one second earlier and continued for 2.5 s")
     placed = np.concatenate([np.zeros(rate), birds, np.zeros(5 * rate // 2)])
     made = [(1.0, 3.5)]
     draw(
         args.pictures / "continue.png",
-        [("Birds, 2.5 s", placed, made), ("Begun 1 s earlier and gone on with for 2.5 s", audio[0], made)],
+        [("Birds, 2.5 s", placed, made), ("Begun 1 s earlier and continued for 2.5 s", audio[0], made)],
     )
 
 
@@ -177,14 +181,14 @@ def band(make, args):
                 difference = level[bands] - levels[0][bands]
                 errors[-1] += [np.abs(difference).mean(), np.abs(difference.mean(axis=1)).mean()]
         if len(sounds) == 0:
-            titles = (caption, f"{caption}, nothing above 4 kHz", f"{caption}, the band above 4 kHz made anew")
+            titles = (caption, f"{caption}, nothing above 4 kHz", f"{caption}, the band above 4 kHz regenerated")
             for part, each, title in zip(("original", "before", "after"), (recording, limited, made), titles):
                 write(args.output_dir, f"band-{part}", each, title)
                 sounds.append((title.capitalize(), each, []))
     draw(args.pictures / "band.png", sounds)
     errors = np.array(errors)
     print("\nMean error in dB of the log-mel spectrogram above 4 kHz: by frame, and of its mean over time\n")
-    print("| recording | band-limited | made anew | band-limited, mean | made anew, mean |")
+    print("| recording | band-limited | regenerated | band-limited, mean | regenerated, mean |")
     print("|---|---|---|---|---|")
     for name, row in [*zip((name for name, _, _ in recordings), errors), ("all", errors.mean(axis=0))]:
         print(f"| {name} | " + " | ".join(f"{row[i]:.1f}" for i in (0, 2, 1, 3)) + " |")
@@ -192,7 +196,7 @@ def band(make, args):
 
 
 def steps_at(audio, positions):
-    """How much a sound changes at some positions: the 0.2 s before against the 0.2 s after.
+    """Changes of a sound at some positions, from the 0.2 s before to the 0.2 s after.
 
     Args:
         audio (`np.ndarray` of shape `(num_samples,)`)
@@ -200,7 +204,7 @@ def steps_at(audio, positions):
 
     Returns:
         `np.ndarray` of shape `(positions, 2)`, in dB: the change of the level, and the mean over the mel bands of the
-        change of their mean log-mel level. What is 60 dB below the loudest of the sound counts as that.
+        change of their mean log-mel level. Levels are clamped at 60 dB below the loudest of the sound.
     """
     side = round(SIDE_IN_S * RATE)
     floor = level_db(audio).max() - AUDIBLE_DB
@@ -216,7 +220,7 @@ def steps_at(audio, positions):
 
 
 def measure_seams(results, recordings):
-    """How the seams in `results` compare with places in the recordings that they were made from.
+    """Compare the seams in `results` with positions within the recordings that they continue.
 
     Args:
         results (`np.ndarray` of shape `(recordings, num_samples)`)
@@ -224,7 +228,7 @@ def measure_seams(results, recordings):
 
     Returns:
         Three arrays of shape `(recordings, seams, 2)` for level and spectrum: steps in dB at the seams, the 90th
-        percentiles of steps every 20 ms in the recording, and the share of those that is smaller than the seam's.
+        percentiles of steps every 20 ms in the recording, and the fraction of those that is smaller than the seam's.
     """
     seams = [round(edge * RATE) for edge in (*SEAM_REGION_IN_S, SEAM_END_IN_S)]
     side = round(SIDE_IN_S * RATE)
@@ -251,7 +255,7 @@ def seams(make, args):
         audio_length_in_s=SEAM_CLIP_IN_S,
     )
     for name, result in zip(names, results):
-        write(args.output_dir, f"seams-{name}", result, "0.8 to 1.4 s and all from 2 s on is made")
+        write(args.output_dir, f"seams-{name}", result, "0.8 to 1.4 s and everything from 2 s on is generated")
     steps, usual, ranks = measure_seams(results, sounds)
     print("\nSteps across seams in dB, in brackets the 90th percentile of those within the recording\n")
     print("| recording | level | spectrum |")
@@ -262,9 +266,9 @@ def seams(make, args):
     beyond = (ranks > 0.9).mean(axis=(0, 1))
     typical = np.median(ranks, axis=(0, 1))
     print(
-        f"\nOf {ranks[..., 0].size} seams {beyond[0]:.0%} step further in level and {beyond[1]:.0%} in spectrum than "
-        f"nine tenths of the places within the recording (seams like any other place: 10%). The median seam steps "
-        f"further than {typical[0]:.0%} and {typical[1]:.0%} of them (50%).\n"
+        f"\nOf {ranks[..., 0].size} seams {beyond[0]:.0%} have a larger step in level and {beyond[1]:.0%} in spectrum "
+        f"than nine tenths of the positions within the recording (10% if seams were like any position). The step of "
+        f"the median seam is larger than {typical[0]:.0%} and {typical[1]:.0%} of them (50%).\n"
     )
 
 
@@ -275,7 +279,7 @@ def long(make, args):
     stretches = []
     for stretch in make(prompt, audio_length_in_s=120.0, window_order="sequential", stream=True):
         stretches.append(stretch[0])
-        print(f"{sum(map(len, stretches)) / RATE:6.2f} s are there", flush=True)
+        print(f"{sum(map(len, stretches)) / RATE:6.2f} s generated", flush=True)
     streamed = np.concatenate(stretches)
     write(args.output_dir, "long-streamed", streamed, "rain that becomes thunder, window by window")
     draw(args.pictures / "long.png", [("All windows at once", joint, []), ("Window by window", streamed, [])])
@@ -286,7 +290,7 @@ EXAMPLES = {"fill": fill, "vary": vary, "continue": continue_, "band": band, "se
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("examples", nargs="*", metavar="EXAMPLE", help=f"{', '.join(EXAMPLES)} (default: all)")
+    parser.add_argument("examples", nargs="*", metavar="EXAMPLE", help=f"any of {', '.join(EXAMPLES)} (default: all)")
     parser.add_argument("--model", default=TANGO_TINY, help="diffusers folder or repo (default: tango-tiny)")
     parser.add_argument("--output_dir", type=Path, default=Path("out"))
     parser.add_argument("--pictures", type=Path, help="folder for the pictures (default: the output folder)")
@@ -299,9 +303,9 @@ def main(argv=None):
     parser.add_argument("--num_inference_steps", type=int, default=25)
     args = parser.parse_args(argv)
     if unknown := set(args.examples) - set(EXAMPLES):
-        parser.error(f"no example {sorted(unknown)}, there are {', '.join(EXAMPLES)}")
+        parser.error(f"no example {sorted(unknown)}; the examples are {', '.join(EXAMPLES)}")
     if not args.data.is_file():
-        parser.error(f"--data {args.data} is no file")
+        parser.error(f"--data {args.data} is not a file")
     args.pictures = args.pictures or args.output_dir
 
     pipe = TangoPipeline.from_pretrained(args.model, dtype=torch.float32)

@@ -1,39 +1,40 @@
-"""How fast each way of making a sound is, how near its physical limit, and what it does to the sound.
+"""Measure how fast each way to generate a sound is, how near the hardware's limit, and how it changes the sound.
 
     python -m examples.benchmark --quick                                   # a small random model: under two minutes
     python -m examples.benchmark                                           # random weights of the released size
     python -m examples.benchmark --model tango2 --variants bf16 bf16+channels-last+deep-cache-3 preset --rounds 3
     python -m examples.benchmark --model tango2 --variants preset --batch_sizes 1 2 4 8 --processes 1 2   # throughput
 
-A variant is one option, or several joined by `+`:
+A variant is one option, or several options joined by `+`:
 
 {options}
 
-Variants take turns with `plain`, each in a process of its own, so that what else the machine does hits all alike and
-one's memory is not another's. After each, `results.jsonl` in --output_dir is written anew: a run that was stopped goes
-on when it is started again. The table and `results.json` hold medians over the rounds:
+Variants alternate with `plain`, each in a process of its own, so that other load on the machine affects all of them
+alike and the peak memory of each is its own. After each variant, `results.jsonl` in --output_dir is rewritten: an
+interrupted run continues when it is started again. The table and `results.json` have medians over the rounds:
 
-    text, UNet step, VAE, vocoder, clip   seconds. A clip marked ~ is reckoned from --steps_timed steps, not measured
-    RTF                                   real-time factor: seconds of work per second of sound
+    text, UNet step, VAE, vocoder, clip   seconds. A clip marked ~ is extrapolated from --steps_timed steps
+    RTF                                   real-time factor: seconds of computation per second of sound
     clips/min                             of all processes together, in batches of the size in the second column. The
-                                          processes, as of `accelerate launch`, start each run together and share the
-                                          cores; the times are the slowest one's, the memory is the sum
-    load                                  seconds from the call to `from_pretrained` on, files being in memory mostly
-    GiB                                   peak: of the process on a CPU (Linux only; what a file is mapped to counts
-                                          as far as it was read), of what torch allocated on a GPU
-    step x, clip x                        how many times faster than `plain` in the same round, of the same batch size
-                                          and number of processes
-    floor, share                          the clip's arithmetic at the rate of a large matrix product of its types,
-                                          measured in the same process; which share of that rate was reached. Where
-                                          convolutions are faster than the product it goes above 100%
-    latents, decoder, sound dB            signal to difference against `plain` from the same noise: of the latents, of
-                                          the sound of plain's latents, of the sound. {max_db:g} is equal. Empty with
-                                          another scheduler or number of steps, where only a listener can tell
-    cold                                  seconds of the first call with compilation, and in how many clips it pays
-                                          against the same variant without, if that is among the variants
+                                          processes, as under `accelerate launch`, start each run together and share
+                                          the cores; times are those of the slowest process, memory is the sum
+    load                                  seconds of `from_pretrained`, mostly with the files in memory
+    GiB                                   peak memory: of the process on a CPU (Linux only; of memory-mapped files, the
+                                          part that was read), of torch's allocations on a GPU
+    step x, clip x                        speedup over `plain` in the same round, with the same batch size and number
+                                          of processes
+    floor, share                          the time of the clip's arithmetic at the rate of a large matrix product in
+                                          the same dtypes and process, and the fraction of that rate that was reached.
+                                          It exceeds 100% where convolutions are faster than the product
+    latents, decoder, sound dB            signal-to-difference ratio against `plain` from the same noise: of the
+                                          latents, of the sound decoded from plain's latents, of the sound. {max_db:g}
+                                          means equal. Empty with another scheduler or number of steps, where samples
+                                          cannot be compared
+    cold                                  seconds of the first call with compilation, and the number of clips after
+                                          which it pays off against the same variant without, if that is measured
     graphs                                compiled for that call + for another prompt and length after it, / breaks
 
-Random weights show speed and memory. What a variant does to the sound shows only with a trained --model.
+Random weights are enough for speed and memory. The effect of a variant on the sound needs a trained --model.
 """
 
 import argparse
@@ -73,24 +74,24 @@ from pipeline_tango.sound_files import encode_wav, write_atomically
 OPTIONS = {
     "plain": "float32, eager, the checkpoint's scheduler, number of steps and guidance",
     "bf16": "the four models in bfloat16",
-    "bf16-saved": "the same, from a copy of the checkpoint saved in it: for load and memory",
-    "fp16": "the UNet in float16, in which the others overflow",
+    "bf16-saved": "the same, from a copy of the checkpoint saved in bfloat16: for load time and memory",
+    "fp16": "the UNet in float16; the other models overflow in it",
     "channels-last": "UNet and VAE with channels last in memory",
-    "conv2d-vocoder": "the vocoder's convolutions as 2-D ones, with channels last",
+    "conv2d-vocoder": "the vocoder's convolutions as 2-D convolutions, with channels last",
     "fused-qkv": "one matrix for queries, keys and values",
     "blocked-attention": "self-attention in blocks of queries, for a CPU's bfloat16",
     "compile": "torch.compile of UNet, VAE decoder and vocoder",
     "compile-dynamic": "the same, for all lengths and texts at once",
-    "compile-blocks": "the same, but of the UNet's resnets and transformer blocks one by one",
+    "compile-blocks": "the same, with the UNet's resnets and transformer blocks compiled one by one",
     "reduce-overhead": "the same with CUDA graphs; needs CUDA",
-    "max-autotune": "the same, and kernels chosen by trial; needs CUDA",
-    "deep-cache-N": "the UNet's inner blocks every N steps only",
+    "max-autotune": "the same, with kernels chosen by measurement; needs CUDA",
+    "deep-cache-N": "DeepCache: the UNet's inner blocks every N steps only",
     "guidance-half": "guidance in the middle half of the steps only",
-    "int8": "the UNet's matrices kept in int8; needs torchao",
-    "int8-dynamic": "the same, and multiplied in int8; needs torchao",
-    "preset": "what `tango --fast` sets, and the types that it chooses on this device",
+    "int8": "the UNet's matrices stored in int8; needs torchao",
+    "int8-dynamic": "the same, with products computed in int8; needs torchao",
+    "preset": "the settings of `tango --fast`, with its dtypes for this device",
 }
-COMPILE_OPTIONS = {  # what torch.compile gets
+COMPILE_OPTIONS = {  # arguments of torch.compile
     "compile": {},
     "compile-dynamic": {"dynamic": True},
     "compile-blocks": {},
@@ -112,10 +113,10 @@ MAX_DB = 200.0
 
 
 def read_variant(name, device, preset=FAST):
-    """What a variant sets. `preset` is what `tango --fast` sets for the model.
+    """The settings of a variant. `preset` is those of `tango --fast` for the model.
 
     Raises:
-        ValueError: if `name` has an option that is unknown, or that this machine cannot run.
+        ValueError: if `name` has an unknown option, or one that this machine cannot run.
     """
     variant = {
         "dtypes": {"default": torch.float32},
@@ -189,7 +190,7 @@ def load(model, variant, device):
 
 
 def use_conv2d(module):
-    """Let the 1-D convolutions in `module` run as 2-D ones on channels-last tensors: the same function of the same
+    """Compute the 1-D convolutions in `module` as 2-D ones on channels-last tensors: the same function of the same
     weights, for which a CPU may have faster kernels."""
 
     def convolve(layer, hidden_states, weight, bias):
@@ -205,7 +206,7 @@ def use_conv2d(module):
 
 
 def compile_models(pipe, option):
-    """What an option of COMPILE_OPTIONS stands for. Nothing is compiled before it is called."""
+    """Apply an option of COMPILE_OPTIONS. Compilation happens in the first call."""
     modules = [pipe.unet, pipe.vae.decoder, pipe.vocoder]
     if option == "compile-blocks":
         # a graph for each pair of widths, 12 in the released UNet, and again for other lengths: torch's limit is 8
@@ -216,7 +217,7 @@ def compile_models(pipe, option):
 
 
 def count_graphs():
-    """How many graphs were compiled in this process, and how often one had to be broken off."""
+    """The number of graphs compiled in this process, and that of graph breaks."""
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
@@ -234,7 +235,7 @@ def matrix_rate(dtype, device):
 
 
 def flop_counter():
-    """Counts what runs in its context. torch's own leaves out attention on CPUs and products of int8 (torch 2.13)."""
+    """A FLOP counter. torch's own omits attention on CPUs and products of int8 (torch 2.13)."""
 
     def attention(query_shape, key_shape, value_shape, *args, **kwargs):
         return sdpa_flop_count(query_shape, key_shape, value_shape)
@@ -247,17 +248,17 @@ def flop_counter():
 
 
 def seconds(device):
-    """Now, when all that was asked of the device is done."""
+    """The time after all work queued on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device):
-    """Bytes, or `None` where the system does not say."""
+    """Peak memory in bytes, or `None` where the system does not report it."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # of this process alone, unlike getrusage, which also knows what started it
+    status = Path("/proc/self/status")  # of this process alone, unlike getrusage, which includes its parent
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 if status.exists() else None
 
 
@@ -272,16 +273,16 @@ def signal_to_difference_db(reference, other):
 
 @torch.no_grad()
 def measure(model, name, batch_size, settings, reference_path, prompts, sounds, rank=0, wait=lambda: None):
-    """Load a variant, run it, and say how that went.
+    """Load a variant, run it, and measure it.
 
     Args:
         model (`str`): folder or repo.
         name (`str`): of the variant.
         batch_size (`int`)
         settings (`dict`): those of the whole run.
-        reference_path (`Path`): what `plain` made, written if this is the first of it.
-        prompts (`list[dict]`): what to write sounds for.
-        sounds (`Path`): where.
+        reference_path (`Path`): file with latents and sound of `plain`, written by its first run.
+        prompts (`list[dict]`): prompts to write sounds for.
+        sounds (`Path`): folder for these sounds.
         rank (`int`, *optional*, defaults to 0): of processes that are measured together, only the first writes files.
         wait (`Callable`, *optional*): returns when all of them have called it.
 
@@ -305,9 +306,9 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
     reference = load_file(reference_path) if reference_path.exists() else None
 
     def run(given_latents=None, count=None, prompt=PROMPT, **other_options):
-        """All stages once: seconds by stage, latents and sound. What is decoded is `given_latents`, if given."""
+        """Run all stages once: seconds by stage, latents and sound. Decodes `given_latents`, if given."""
         times = {}
-        torch.manual_seed(0)  # for vocoders with noise of their own
+        torch.manual_seed(0)  # for vocoders that draw noise
 
         def stage(name, function):
             counter = contextlib.nullcontext() if count is None else flop_counter()
@@ -331,7 +332,7 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
         return times, latents.cpu(), waveform.cpu()
 
     flop, compilation = {}, {}
-    _, latents, waveform = run(count=flop)  # the first run of anything is slow, and not measured
+    _, latents, waveform = run(count=flop)  # the first run is slower, and not measured
     if variant["compile"]:
         compile_models(pipe, variant["compile"])
         times, latents, waveform = run()
@@ -389,7 +390,7 @@ def measure_as_process(rank, port, settings, *args):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_processes)}
     if settings["device"] == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    state = PartialState(cpu=True)  # what is exchanged is "ready", not tensors
+    state = PartialState(cpu=True)  # it synchronises the processes, and no tensors are exchanged
     try:
         torch.set_num_threads(max(num_threads, 1))
         return measure(*args, rank=rank, wait=state.wait_for_everyone)
@@ -398,7 +399,7 @@ def measure_as_process(rank, port, settings, *args):
 
 
 def join_records(records):
-    """What processes that ran at the same time measured, as one record: the slowest one's times, all their memory."""
+    """Join the records of processes that ran at the same time: the slowest one's times, the sum of their memory."""
     joined = dict(records[0], num_processes=len(records))
     joined["time_in_s"] = {stage: max(each["time_in_s"][stage] for each in records) for stage in STAGES}
     for name, function in (("load_in_s", max), ("cold_in_s", max), ("memory_in_bytes", sum)):
@@ -408,7 +409,7 @@ def join_records(records):
 
 
 def summarize(records):
-    """Rows of the table, one for each variant, batch size and number of processes: medians over the rounds.
+    """The rows of the table, one for each variant, batch size and number of processes: medians over the rounds.
 
     Args:
         records (`list[dict]`): as [`measure`] returns them, with their `round`.
@@ -475,7 +476,7 @@ def summarize(records):
 
 
 def table(rows):
-    """`summarize`'s rows as Markdown."""
+    """Format the rows of `summarize` as Markdown."""
 
     def show(value, form="{:.3g}"):
         return "" if value is None else form.format(value)
@@ -515,29 +516,44 @@ def parse_arguments(argv):
     what = parser.add_argument_group("what to run")
     what.add_argument("--model", metavar="FOLDER_OR_REPO", help="a diffusers folder or repo, instead of --size")
     what.add_argument(
-        "--size", choices=SIZES, help="of a model with random weights, kept in --output_dir (default: full, 5.3 GB)"
+        "--size",
+        choices=SIZES,
+        help="size of a random model, saved in --output_dir (default: full, 5.3 GB)",
     )
     what.add_argument(
-        "--variants", nargs="+", metavar="NAME", help=f"beside plain (default: {' '.join(DEFAULT_VARIANTS)})"
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help=f"to measure beside plain (default: {' '.join(DEFAULT_VARIANTS)})",
     )
-    what.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
-    what.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default: the model's own)")
-    what.add_argument("--steps", type=int, metavar="N", help="of a clip (default: the model's own; `preset` has its)")
-    what.add_argument("--batch_sizes", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    what.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default: the model's)")
     what.add_argument(
-        "--processes", type=int, nargs="+", default=[1], metavar="N", help="how many work side by side (default: 1)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of a clip (default: the model's; `preset` has its own)",
+    )
+    what.add_argument("--batch_sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    what.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="processes that run together (default: 1)",
     )
 
     how = parser.add_argument_group("how")
-    how.add_argument("--output_dir", type=Path, default=Path("benchmark"), help="(default: benchmark)")
-    how.add_argument("--rounds", type=int, default=1, metavar="N", help="each runs every variant once (default: 1)")
+    how.add_argument("--output_dir", type=Path, default=Path("benchmark"), help="default: benchmark")
+    how.add_argument("--rounds", type=int, default=1, metavar="N", help="runs of every variant (default: 1)")
     how.add_argument(
         "--steps_timed",
         type=int,
         default=6,
         metavar="N",
-        help="UNet steps to take and time; the rest of a clip is reckoned from them. A multiple of a deep cache's "
-        "interval. 0 takes them all (default: 6)",
+        help="UNet steps to run and time, from which the time of a clip is extrapolated. A multiple of DeepCache's "
+        "interval. 0 runs all steps (default: 6)",
     )
     how.add_argument(
         "--quick", action="store_true", help="--size small --seconds 5.12 --variants bf16+channels-last preset"
@@ -545,8 +561,8 @@ def parse_arguments(argv):
     how.add_argument(
         "--save_sounds",
         metavar="PROMPTS",
-        help="also write OUTPUT_DIR/sounds/VARIANT/NAME.wav, whole clips, for each line of this list (as for `tango "
-        "--prompts`), line n with seed n - 1: for python -m training.evaluate --generated",
+        help="also write whole clips OUTPUT_DIR/sounds/VARIANT/NAME.wav for each line of this list (as for `tango "
+        "--prompts`), line n with seed n - 1, for `tango-evaluate --generated`",
     )
     args = parser.parse_args(argv)
 
@@ -560,7 +576,7 @@ def parse_arguments(argv):
     args.variants = args.variants or list(DEFAULT_VARIANTS)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is none")
+        parser.error("--device cuda: CUDA is not available")
     for name, low in (("rounds", 1), ("steps", 1), ("steps_timed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
@@ -603,7 +619,7 @@ def main(argv=None):
             if record["settings"][name] != value:
                 parser.error(
                     f"{args.output_dir} has measurements with {name} {record['settings'][name]!r}, not {value!r}: "
-                    "give another --output_dir"
+                    "use another --output_dir"
                 )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for reason in args.skipped:
@@ -649,7 +665,7 @@ def main(argv=None):
                     ranks = range(num_processes)  # one in each process: they wait for each other
                     parts = [executor.submit(measure_as_process, rank, port, shared, *arguments) for rank in ranks]
                     record = join_records([part.result() for part in parts])
-        except Exception as error:  # out of memory, say: the others may do
+        except Exception as error:  # for example out of memory, which other variants may not be
             has_failed = True
             print(f"{name}, batch {batch_size}: {type(error).__name__}: {error!s:.300}", file=sys.stderr)
             continue

@@ -1,9 +1,10 @@
-"""How much of a model is memory: generate each caption of a manifest and find the recording nearest to the result.
+"""Memorisation: generate each caption of a manifest and find the recording that is nearest to the result.
 
     python -m examples.nearest_clip MODEL data.jsonl [--takes 2] [--output_dir FOLDER]
 
-Nearest by the mean absolute difference of log-mel spectrograms over the recording's own length, which also shows
-whether a model fine-tuned on a few clips has learnt them. Needs the extra `train`. Recordings have to be 16 kHz mono.
+The distance is the mean absolute difference of log-mel spectrograms over the recording's own length. It also shows
+whether a model that was fine-tuned on a few clips reproduces them. Needs the extra `train`. Recordings have to be
+16 kHz mono.
 """
 
 import argparse
@@ -26,7 +27,7 @@ parser.add_argument("--takes", type=int, default=2, help="sounds per caption (de
 parser.add_argument("--steps", type=int, default=25, help="DPM++ steps (default: 25)")
 parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: 3)")
 parser.add_argument(
-    "--output_dir", help="folder to keep the sounds in, as WAV, and their log-mel spectrograms as NumPy files"
+    "--output_dir", help="folder for the sounds as WAV files and their log-mel spectrograms as NumPy files"
 )
 args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Write a TangoPipeline with random weights, to measure memory and speed without a download.
+"""Write a TangoPipeline with random weights, for measurements of memory and speed without a download.
 
 python -m examples.random_pipeline OUTPUT [--size full] [--dtype bfloat16]
 """
@@ -14,7 +14,7 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5Enc
 from pipeline_tango import TangoPipeline
 
 
-SIZES = {  # widths of a Tango: `full` is the released one
+SIZES = {  # channels and layers of a Tango: `full` is the released size
     "full": {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512), "vocoder": 1024, "text": 1024, "layers": 24},
     "small": {"unet": (64, 128, 256, 256), "vae": (32, 64, 128), "vocoder": 256, "text": 256, "layers": 6},
     "tiny": {"unet": (32, 32, 64, 64), "vae": (32, 32, 32), "vocoder": 32, "text": 64, "layers": 1},
@@ -42,7 +42,7 @@ def random_pipeline(size):
             normalize_before=False,
         )
     )
-    for module in vocoder.modules():  # as initialised it is silent
+    for module in vocoder.modules():  # with its own initialisation it is silent
         if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
             torch.nn.init.kaiming_normal_(module.weight, a=0.1)
     return TangoPipeline(

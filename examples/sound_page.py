@@ -1,6 +1,7 @@
-"""Twenty prompts, their sounds, and one page to hear and see them: `python -m examples.sound_page OUT`.
+"""Generate sounds for twenty prompts and a page with players and spectrograms: `python -m examples.sound_page OUT`.
 
-Open `OUT/index.html`. What is in OUT already is not made again. Needs the extra `demo` for the pictures.
+Open `OUT/index.html` afterwards. Sounds that exist in OUT are not generated again. Needs the extra `demo`, for the
+spectrograms.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 
 from pipeline_tango.__main__ import main as tango
-from pipeline_tango.__main__ import write_atomically
+from pipeline_tango.sound_files import write_atomically
 
 
 PROMPTS = (
@@ -55,7 +56,7 @@ FIGURE = """<figure><figcaption>{prompt}</figcaption>{image}
 
 
 def write_page(folder, title):
-    """`index.html` of the sounds in the command's `manifest.jsonl`."""
+    """Write `index.html` for the sounds that `manifest.jsonl` of the command lists."""
     figures = []
     for line in (folder / "manifest.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -67,9 +68,9 @@ def write_page(folder, title):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder for the sounds, the pictures and index.html")
-    parser.add_argument("--prompts", type=Path, help="a prompt a line, instead of the twenty")
-    args, flags = parser.parse_known_args(argv)  # --model, --steps, --seed ... are the command's
+    parser.add_argument("output", type=Path, help="folder for the sounds, the spectrograms and index.html")
+    parser.add_argument("--prompts", type=Path, help="text file with one prompt per line, in place of the twenty")
+    args, flags = parser.parse_known_args(argv)  # --model, --steps, --seed ... are passed to the command
 
     args.output.mkdir(parents=True, exist_ok=True)
     prompts = args.prompts or args.output / "prompts.txt"

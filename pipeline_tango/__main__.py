@@ -1,4 +1,4 @@
-"""The `tango` command: sounds from a prompt, or from a whole list of them, as WAV files."""
+"""The `tango` command: text-to-audio for one prompt or for a list of prompts, written as WAV files."""
 
 import argparse
 import json
@@ -13,17 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
-from .presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings
 from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audio, write_atomically
 
 
-# Importing torch and diffusers takes seconds: done inside functions, once the command line is known to be good.
+# Torch and diffusers take seconds to import: functions do it, after the arguments have been checked.
 
-SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")
-AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest, of sounds made from sound
-SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest, where used
-SEEDS_PER_PROMPT = 1000  # in a list, takes of one prompt never share a seed with those of the next
-CONVERT_HINT = "a checkpoint in the original layout is converted by: python -m convert.convert_tango SOURCE OUTPUT"
+AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
+SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
+SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
+CONVERT_HINT = "a checkpoint in the original's layout is converted by: tango-convert SOURCE OUTPUT"
 
 
 def is_text(value):
@@ -39,7 +38,7 @@ def is_whole(value, low, high):
     return type(value) is int and low <= value <= high
 
 
-# What a sound may be asked with, by flag or by line of a list: name -> (check, what is accepted).
+# Settings of a sound, given by a flag or in a line of a list: name -> (check, what is accepted).
 SETTINGS = {
     "prompt": (lambda value: is_text(value) and value.strip(), "a text that is not empty"),
     "negative_prompt": (is_text, "a text"),
@@ -55,7 +54,7 @@ SETTINGS = {
 
 
 class CommandError(Exception):
-    """What was asked for is wrong: reported in one line, exit status 2."""
+    """An argument or a list is invalid: reported in one line, exit status 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(text):
-    """One line on standard error, whatever a path or a prompt in it holds."""
+    """Print one line on standard error. Characters that cannot be encoded are escaped."""
     print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
@@ -76,11 +75,11 @@ def check_settings(settings, where=""):
 
 
 def read_prompts(path):
-    """What a list asks for: dicts of SETTINGS, each with at least a `prompt`.
+    """Read a list of prompts into dicts of SETTINGS, each with at least a `prompt`.
 
-    A file named .json or .jsonl, or with `{` as its first character, holds one JSON object a line; any other one holds
-    one prompt a line, where lines starting with `#` are comments. Blank lines are skipped. The original's manifests
-    (`captions`, `dataset`, `location`) are read for their captions.
+    A file named .json or .jsonl, or with `{` as its first character, holds one JSON object a line. Any other file
+    holds one prompt a line, and lines that start with `#` are comments. Blank lines are skipped. Of the original's
+    manifests (`captions`, `dataset`, `location`) the captions are read.
     """
     try:
         text = Path(path).read_text("utf-8-sig")
@@ -187,15 +186,15 @@ def check_audio_arguments(args):
 
 
 def parse_arguments(argv):
-    """Arguments, all checked as far as they can be without importing torch; `requests` holds what to make."""
+    """Arguments, checked as far as is possible without importing torch; `requests` has the sounds to generate."""
     parser = Parser(
         prog="tango",
-        description="Sounds from text with a Tango model.",
-        epilog="Several processes share the work under `accelerate launch -m pipeline_tango ...`, on CPUs under "
+        description="Generate sounds from text with a Tango model.",
+        epilog="Several processes share a list under `accelerate launch -m pipeline_tango ...`, and on CPUs under "
         "`torchrun --nproc_per_node N -m pipeline_tango ...`.",
         allow_abbrev=False,
     )
-    parser.add_argument("prompt", nargs="?", help="what to hear, such as 'rain and thunder'")
+    parser.add_argument("prompt", nargs="?", help="text that describes the sound, such as 'rain and thunder'")
     parser.add_argument("--version", action="version", version=f"tango {__version__}")
     parser.add_argument(
         "--model",
@@ -207,40 +206,46 @@ def parse_arguments(argv):
     parser.add_argument(
         "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
     sound = parser.add_argument_group("the sound")
     sound.add_argument(
         "--seconds",
         type=float,
         metavar="S",
-        help="length in seconds, of minutes too (default: the model's own, or that of --audio)",
+        help="length in seconds, also of several minutes (default: the model's own, or that of --audio)",
     )
-    sound.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the model's own, mostly 100)")
+    sound.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the model's own, usually 100)"
+    )
     sound.add_argument(
         "--guidance",
         type=float,
         metavar="SCALE",
-        help="how closely to follow the prompt, 1 or less is off (default: the model's own, mostly 3)",
+        help="guidance scale; 1 or less turns classifier-free guidance off (default: the model's own, usually 3)",
     )
-    sound.add_argument("--negative_prompt", metavar="TEXT", help="what not to hear")
-    sound.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="sampler (default: the model's own)")
+    sound.add_argument("--negative_prompt", metavar="TEXT", help="text that describes what the sound must not contain")
+    sound.add_argument("--scheduler", choices=SCHEDULER_NAMES, help="noise scheduler (default: the model's own)")
     sound.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="take k has seed N + k - 1 (default: chosen at random and told; with --prompts 0). Line n of a list adds "
-        f"{SEEDS_PER_PROMPT} * (n - 1)",
+        help="random seed; take k uses N + k - 1 (default: chosen at random and printed; with --prompts 0). Line n of "
+        f"a list adds {SEEDS_PER_PROMPT} * (n - 1)",
     )
     sound.add_argument(
-        "--takes", type=int, default=1, metavar="N", help="sounds per prompt: rain.wav becomes rain-1.wav, rain-2.wav"
+        "--takes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sounds per prompt, each with a seed of its own: rain.wav becomes rain-1.wav, rain-2.wav",
     )
     sound.add_argument(
         "--spectrogram",
         nargs="?",
         const="",
         metavar="PNG",
-        help="also save a picture, seconds by kHz, in dB (default: beside the sound). Needs the extra `demo`",
+        help="also save a mel-scaled spectrogram (default: beside the sound). Needs the extra `demo`",
     )
 
     speed = parser.add_argument_group("faster")
@@ -250,73 +255,84 @@ def parse_arguments(argv):
         action="store_true",
         help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance {FAST['guidance']:g} "
         f"--guidance_interval {interval} and, for models of the released size, --deep_cache {FAST['deep_cache']}. "
-        "Each can be given otherwise. Where the UNet is in bfloat16, so are VAE and vocoder, and on a CPU "
+        "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and on a CPU "
         "self-attention is computed in blocks",
     )
     speed.add_argument(
         "--guidance_interval",
         metavar="START-STOP",
-        help="follow the prompt by guidance only in this part of the steps, of 0-1 (default: the model's)",
+        help="apply guidance in this part of the steps only, as fractions from 0 to 1 (default: the model's own)",
     )
     speed.add_argument(
         "--deep_cache",
         type=int,
         metavar="N",
-        help="run the UNet's inner blocks every N steps only (default: 1, every step)",
+        help="DeepCache: compute the UNet's inner blocks at every Nth step only (default: 1, at every step)",
     )
 
-    source = parser.add_argument_group("a sound to start from")
+    source = parser.add_argument_group("audio-to-audio")
     source.add_argument(
         "--audio",
         metavar="FILE",
-        help="make a variation of this WAV file, or of any other that libsndfile reads (those need the extra `demo`)",
+        help="start from this WAV file, or from any other format that libsndfile reads (needs the extra `demo`)",
     )
     source.add_argument(
-        "--strength", type=float, metavar="S", help="how far to go from it, up to 1 (default: 0.5; where masked 1)"
+        "--strength",
+        type=float,
+        metavar="S",
+        help="fraction of the schedule to run, as in image-to-image (default: 0.5, with an inpainting mask 1)",
     )
     source.add_argument(
-        "--mask", metavar="S-S", help="make only these seconds anew and keep the rest, such as 2.0-4.5 or 0-1,6-7.5"
+        "--mask",
+        metavar="S-S",
+        help="inpainting mask in seconds: regenerate these regions and keep the rest, such as 2.0-4.5 or 0-1,6-7.5",
     )
     source.add_argument(
-        "--frequency_mask", metavar="HZ-HZ", help="make only this band anew and keep the rest, such as 4000-8000"
+        "--frequency_mask",
+        metavar="HZ-HZ",
+        help="inpainting mask in Hz: regenerate this band and keep the rest, such as 4000-8000",
     )
     source.add_argument(
         "--continue",
         dest="continuation",
         type=float,
         metavar="S",
-        help="keep it and go on for so many seconds (with --seconds: until so many in all)",
+        help="keep the file and append this many seconds (--seconds gives the length in all instead)",
     )
 
-    several = parser.add_argument_group("a list of sounds")
+    several = parser.add_argument_group("a list of prompts")
     several.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a prompt a line (# starts a comment), or JSON lines with prompt and optionally "
-        "negative_prompt, seconds, steps, guidance, seed, name. The folder gets 00001.wav ... (or the names) and "
-        "manifest.jsonl; what it already holds is skipped",
+        help="one prompt a line (# starts a comment), or JSON lines with prompt and optionally negative_prompt, "
+        "seconds, steps, guidance, seed, name. The output folder gets 00001.wav ... (or the names) and "
+        "manifest.jsonl; sounds that it already holds are skipped",
     )
     several.add_argument(
-        "--overwrite", action="store_true", help="replace sounds in the folder that were made with other settings"
+        "--overwrite", action="store_true", help="replace sounds in the folder that were generated with other settings"
     )
     several.add_argument(
         "--batch_size",
         type=int,
         default=1,
         metavar="N",
-        help="sounds made at once (default: 1). More is faster on a GPU and may change the least bits of a sound",
+        help="sounds generated in one batch (default: 1). Larger batches are faster on a GPU, and the sounds may "
+        "differ in the last bits",
     )
 
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps (default: the accelerator there is, else cpu)")
+    machine = parser.add_argument_group("device")
+    machine.add_argument(
+        "--device", help="cpu, cuda, cuda:1, xpu, mps (default: an accelerator where there is one, else cpu)"
+    )
     machine.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the UNet, which takes nearly all the time; without --fast the VAE and the vocoder stay in float32 "
-        "(default: auto, bfloat16 where the device computes in it, float16 on other CUDA devices, else float32)",
+        help="of the UNet, which takes nearly all of the time; without --fast the VAE and the vocoder stay in float32 "
+        "(default: auto, that is bfloat16 where the device computes in it, float16 on other CUDA devices, else "
+        "float32)",
     )
-    machine.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the model at work")
+    machine.add_argument("--cpu_offload", action="store_true", help="keep only the model in use on the accelerator")
 
     args = parser.parse_args(argv)
     if args.spectrogram and not args.spectrogram.lower().endswith(".png"):
@@ -355,7 +371,7 @@ def parse_arguments(argv):
 
 
 def plan_sounds(args, first_seed, defaults):
-    """One dict a sound, prompt by prompt and take by take: its record in the manifest."""
+    """The manifest's record of each sound to generate, prompt by prompt and take by take."""
     steps = defaults["steps"] if args.steps is None else args.steps
     guidance = defaults["guidance"] if args.guidance is None else args.guidance
     sounds = []
@@ -383,7 +399,7 @@ def plan_sounds(args, first_seed, defaults):
 
 
 def split_into_batches(sounds, batch_size):
-    """Neighbours that can be made in one call, at most `batch_size` of them."""
+    """Groups of at most `batch_size` neighbours that one call can generate."""
     shared = ("negative_prompt", "seconds", "steps", "guidance")
     batches = []
     for sound in sounds:
@@ -396,7 +412,7 @@ def split_into_batches(sounds, batch_size):
 
 
 def read_manifest(path):
-    """Records by file name. A line cut short by a killed run is passed over: its sound is made again."""
+    """Records by file name. A line that a killed run left incomplete is skipped: its sound is generated again."""
     records = {}
     if path.exists():
         for line in path.read_text("utf-8", "replace").split("\n"):
@@ -413,7 +429,7 @@ def encode_manifest(records):
 
 
 def read_model_defaults(model):
-    """Length in seconds, steps, guidance and the scheduler's class name, from the model's index alone."""
+    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only."""
     from . import TangoPipeline
 
     if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
@@ -426,7 +442,7 @@ def read_model_defaults(model):
             "guidance": config.get("default_guidance_scale", 3.0),
             "scheduler": config["scheduler"][1],
         }
-    except Exception as error:  # files and hubs that are not ours: anything may be wrong with them
+    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
         raise OSError(
             f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
             f"{CONVERT_HINT} ({error!s:.120})"
@@ -465,7 +481,7 @@ def load_pipeline(args, device, dtypes):
     transformers.utils.logging.disable_progress_bar()
     try:
         pipe = TangoPipeline.from_pretrained(args.model, dtype=dtypes)
-    except Exception as error:  # files that are not ours: anything may be wrong with them
+    except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.lora:
         try:
@@ -486,7 +502,7 @@ def load_pipeline(args, device, dtypes):
 
 
 def find_missing(args, sounds, paths, manifest):
-    """What the manifest records, and the sounds still to be made, after checking that they can be written."""
+    """The manifest's records, and the sounds that are missing, after a check that their files can be written."""
     try:
         for path in paths[sounds[0]["file"]]:
             part = path.with_name(f".{path.name}.part")
@@ -518,7 +534,7 @@ def find_missing(args, sounds, paths, manifest):
 
 
 def make_sounds(args):
-    """Make what `args` ask for, or this process's share of it."""
+    """Generate the sounds that `args` describe, or this process's share of them."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -526,7 +542,7 @@ def make_sounds(args):
 
     from . import SCHEDULERS
 
-    # On CPUs, processes find each other only if told so. The slowest of them is waited for.
+    # On CPUs, processes form a group only if told so. The timeout is long: the slowest process is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device = choose_device(args, state)
     dtypes = choose_dtypes(args.dtype, device, args.fast)
@@ -539,7 +555,7 @@ def make_sounds(args):
 
     seed, seed_note = args.seed, ""
     if seed is None and args.prompts is not None:
-        seed = 0  # a list that was broken off goes on with the same seeds
+        seed = 0  # an interrupted list continues with the same seeds
     elif seed is None:
         (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
         seed_note = " (chosen at random)"
@@ -617,9 +633,9 @@ def make_sounds(args):
 
 
 def main(argv=None):
-    """Run the command. Returns the exit status: 0, 1 (it failed), 2 (asked for wrongly) or 130 (Ctrl-C)."""
+    """Run the command. Returns the exit status: 0, 1 (failed), 2 (invalid arguments) or 130 (Ctrl-C)."""
     try:
-        with warnings.catch_warnings():  # leave out what libraries tell each other's developers
+        with warnings.catch_warnings():  # hide warnings that are for developers of the libraries
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
             make_sounds(parse_arguments(argv))

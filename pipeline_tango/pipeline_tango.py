@@ -13,42 +13,26 @@
 # limitations under the License.
 """Text-to-audio, audio-to-audio and inpainting with Tango (Ghosal et al. 2023, arXiv 2304.13731).
 
-This file is the whole inference path and imports no other file of its package: a model repository carries the same
-bytes as `pipeline.py`. "The original" below is the code that the released checkpoints were trained with.
+"The original" is the code that the released checkpoints were trained with.
 """
 
 import contextlib
-import functools
 import inspect
 import math
 import os
-import shutil
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy  # loads scipy.signal, which takes a second, when that is first used
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -57,7 +41,50 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
-from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
+
+from .attention import BlockedAttnProcessor  # noqa: F401
+from .checks import (
+    check_callback,
+    check_components,
+    check_counts,
+    check_front_end,
+    check_generator,
+    check_input_audio,
+    check_latents,
+    check_moving_prompts,
+    check_negative_rows,
+    check_no_audio_arguments,
+    check_num_clips,
+    check_numbers,
+    check_options,
+    check_placed_audio,
+    check_ranges,
+    check_rows_of_callback,
+    check_schedule,
+    check_strength,
+    check_text_encoder,
+    check_timesteps,
+    read_clips,
+    read_masks,
+    read_text,
+)
+from .deep_cache import find_deep_cache, install_deep_cache, remove_deep_cache
+from .input_audio import AudioClips, InputAudio, KnownLatents, place_audio
+from .lora import TangoLoraLoaderMixin
+from .mel import (  # noqa: F401
+    MEL_FFT_LENGTH,
+    MEL_HOP_LENGTH,
+    MEL_SAMPLING_RATE,
+    NUM_MEL_BINS,
+    log_mel_spectrogram,
+    log_mel_spectrogram_in_chunks,
+    match_mel_spectrogram,
+)
+from .prompts import TextTrack
+from .schedule import SCHEDULERS, Schedule  # noqa: F401
+from .seams import composite, split_band  # noqa: F401
+from .single_file import single_file
+from .windows import WindowPlan, blend_windows, window_weights
 
 
 if is_torch_xla_available():
@@ -66,815 +93,25 @@ if is_torch_xla_available():
 
 logger = logging.get_logger(__name__)
 
-SCHEDULERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "heun": HeunDiscreteScheduler,
-    "pndm": PNDMScheduler,
-    "lcm": LCMScheduler,
-}
 
-MEL_SAMPLING_RATE = 16000
-MEL_FFT_LENGTH = 1024
-MEL_HOP_LENGTH = 160
-NUM_MEL_BINS = 64
-MEL_MATCH_MOMENTUM = 0.9  # of `match_mel_spectrogram`
-MEL_MATCH_RANGE = (-6.0, 2.0)  # nepers that it takes or gives at a time
-MIN_MEL_MAGNITUDE = 1e-5
-
-TRAINING_PEAK = 0.5  # of the sounds that the VAE was trained on, after removal of their mean
-SILENT_PEAK = 1e-4  # three steps of 16-bit audio
-CROSSFADE_IN_S = 0.02
-SEAM_CONTEXT_IN_S = 0.5  # over how much kept sound the made version of it is matched to it
-MAX_MATCH_DB = 12.0
-SEAM_SIDE_IN_S = 0.2  # how much sound on either side of a seam is compared to make it even
-SEAM_FADE_IN_S = 0.4  # how far into the made sound that reaches
-MAX_STEP_DB = 24.0
-AUDIBLE_DB = 60.0  # below the loudest mel band: what is quieter there is not matched
-
-DEEP_CACHE_HOOK = "deep_cache"
-MAX_BLOCK_SCORES = 2**22  # of `BlockedAttnProcessor`: 8 MB in bfloat16
-
-
-@functools.lru_cache(maxsize=1)
-def _mel_filters():
-    filters = mel_filter_bank(
-        num_frequency_bins=MEL_FFT_LENGTH // 2 + 1,
-        num_mel_filters=NUM_MEL_BINS,
-        min_frequency=0.0,
-        max_frequency=MEL_SAMPLING_RATE / 2,
-        sampling_rate=MEL_SAMPLING_RATE,
-        norm="slaney",
-        mel_scale="slaney",
-    )
-    return torch.from_numpy(filters).float()  # (num_frequency_bins, num_mel_bins)
-
-
-def log_mel_spectrogram(waveform):
-    """Log-mel spectrogram as the VAE and the vocoder of the released checkpoints were trained on.
-
-    Args:
-        waveform (`torch.Tensor` of shape `(batch, num_samples)`):
-            16 kHz mono in [-1, 1], more than 512 samples. Its level is left alone.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`: float32, natural log of the magnitude in 64 Slaney
-        mel bands from 0 to 8 kHz, floored at ln(1e-5); one frame for each started hop of 160 samples. (A centred
-        transform has one more when the hops come out even; the original cuts it off later.)
-
-    Raises:
-        ValueError: if `waveform` is not a 2-D floating-point tensor or is too short to be padded by reflection.
-
-    Source: HiFi-GAN (Kong et al. 2020), as set up by AudioLDM (Liu et al. 2023): periodic Hann window of 1024 samples.
-    """
-    if not isinstance(waveform, torch.Tensor) or waveform.ndim != 2 or not waveform.is_floating_point():
-        came = f"{tuple(waveform.shape)} {waveform.dtype}" if isinstance(waveform, torch.Tensor) else type(waveform)
-        raise ValueError(f"`waveform` has to be a floating-point tensor (batch, num_samples), not {came}.")
-    if waveform.shape[1] <= MEL_FFT_LENGTH // 2:
-        raise ValueError(f"`waveform` needs more than {MEL_FFT_LENGTH // 2} samples, not {waveform.shape[1]}.")
-
-    num_frames = math.ceil(waveform.shape[1] / MEL_HOP_LENGTH)
-    spectrum = torch.stft(waveform.float(), **_mel_stft(waveform.device), pad_mode="reflect", return_complex=True)
-    return _log_mel(spectrum[..., :num_frames])
-
-
-def _mel_stft(device):
-    """Arguments of the transform for `torch.stft` and `torch.istft`."""
-    # in float64 first: the float32 window is off by 1e-7, which shows in quiet bands beside loud ones
-    window = torch.hann_window(MEL_FFT_LENGTH, dtype=torch.float64).float().to(device)
-    return {"n_fft": MEL_FFT_LENGTH, "hop_length": MEL_HOP_LENGTH, "window": window}
-
-
-def _log_mel(spectrum):
-    magnitude = spectrum.abs().transpose(1, 2)  # (batch, num_frames, num_frequency_bins)
-    return (magnitude @ _mel_filters().to(spectrum.device)).clamp(min=MIN_MEL_MAGNITUDE).log()
-
-
-def match_mel_spectrogram(waveform, mel_spectrogram, num_iterations=8):
-    """A waveform with the levels that a log-mel spectrogram asks for, in each of its bands at each moment.
-
-    What a small vocoder makes of a spectrogram has another: noise that takes its phases from chance takes levels from
-    it too, and partials and onsets blur. Each iteration multiplies the short-time spectrum by what is missing, and so
-    leaves the phases as they are; they are what keeps one iteration from being enough. Partials that a spectrogram
-    shows come out of the noise by and by, sooner with momentum. The spectrogram should be as rough as those of sounds
-    are: noise that is made as smooth as a blurred one sounds tonal.
-
-    Args:
-        waveform (`torch.Tensor` of shape `(batch, num_samples)`): 16 kHz mono, more than 512 samples.
-        mel_spectrogram (`torch.Tensor` of shape `(batch, num_frames, num_mel_bins)`): as [`log_mel_spectrogram`] makes
-            them, for as many hops as are in `waveform`.
-        num_iterations (`int`, *optional*, defaults to 8): 0 returns `waveform`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, num_samples)`: float32.
-
-    Source: the momentum is that of the fast Griffin-Lim algorithm (Perraudin et al. 2013).
-    """
-    options = _mel_stft(waveform.device)
-    filters = _mel_filters().to(waveform.device)
-    shares = filters / filters.sum(1, keepdim=True).clamp(min=1e-12)  # (num_frequency_bins, num_mel_bins)
-    matched = waveform
-    for i in range(num_iterations):
-        spectrum = torch.stft(waveform.float(), **options, pad_mode="reflect", return_complex=True)
-        num_frames = min(mel_spectrogram.shape[1], spectrum.shape[2])
-        difference = mel_spectrogram[:, :num_frames] - _log_mel(spectrum[..., :num_frames])
-        difference = difference.clamp(*MEL_MATCH_RANGE).transpose(1, 2)  # (batch, num_mel_bins, num_frames)
-        difference = F.pad(difference, (0, spectrum.shape[2] - num_frames), mode="replicate")
-        previous = matched
-        matched = torch.istft(spectrum * (shares @ difference).exp(), **options, length=waveform.shape[1])
-        waveform = matched + MEL_MATCH_MOMENTUM * (matched - previous) if i > 0 else matched
-    return matched
-
-
-def read_clips(audio, audio_sampling_rate):
-    """The sounds in `audio`, as given to [`TangoPipeline`], as a list of mono float32 arrays at their own rate.
-
-    Raises:
-        ValueError: naming `audio` or `audio_sampling_rate`, for anything but floating-point samples around [-1, 1] in
-            the order (samples,), (channels, samples) or (batch, channels, samples).
-    """
-    rate = audio_sampling_rate
-    if not isinstance(rate, Integral) or isinstance(rate, bool) or not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"`audio_sampling_rate` has to be the rate of `audio`, 1000 to 1000000 Hz, not {rate!r}.")
-    arrays = list(audio) if isinstance(audio, (list, tuple)) else [audio]
-    if not arrays or not all(isinstance(each, (np.ndarray, torch.Tensor)) for each in arrays):
-        raise ValueError(f"`audio` has to be an array, a tensor, or a list of them, not {type(audio)}.")
-    if not isinstance(audio, (list, tuple)) and audio.ndim in (2, 3):
-        if audio.ndim == 2 and audio.shape[0] > audio.shape[1]:
-            raise ValueError(
-                f"`audio` of shape {tuple(audio.shape)} is in the wrong order: a batch is (batch, samples), stereo is "
-                "[(channels, samples)], so transpose it."
-            )
-        arrays = list(audio)
-    clips = []
-    for array in arrays:
-        is_float = array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"
-        if not is_float:
-            raise ValueError(
-                f"`audio` has to hold floating-point samples in [-1, 1], not {array.dtype}. Integer PCM has to be "
-                "divided by its full scale, such as 32768 for 16 bits."
-            )
-        if isinstance(array, torch.Tensor):
-            array = array.detach().cpu().float().numpy()
-        array = array.astype(np.float32, copy=False)
-        if array.ndim not in (1, 2) or not array.size:
-            raise ValueError(
-                f"`audio` has to be (samples,), (batch, samples) or a list of (samples,) or (channels, samples), with "
-                f"at least one sample, but holds {array.shape}."
-            )
-        if array.ndim == 2 and array.shape[0] > array.shape[1]:
-            raise ValueError(f"`audio` holds {array.shape}, the wrong order: stereo is (channels, samples).")
-        if not np.isfinite(array).all():
-            raise ValueError("`audio` has to hold finite samples, not NaN or infinity.")
-        if array.ndim == 2:
-            array = array.mean(axis=0, dtype=np.float64).astype(np.float32) if len(array) > 1 else array[0]
-        lowest, highest, mean = array.min(), array.max(), array.mean()
-        if max(highest, -lowest) > 2:  # what lossy formats decode to is often a little beyond 1
-            raise ValueError(f"`audio` has to be in [-1, 1], but reaches {max(highest, -lowest):g}.")
-        if max(highest - mean, mean - lowest) < SILENT_PEAK:
-            raise ValueError(f"`audio` is silent: no sample is {SILENT_PEAK} from the mean.")
-        clips.append(array)
-    return clips
-
-
-def read_masks(mask, clips, sampling_rate):
-    """For each of `clips` a boolean array of its length, `True` where `mask`, as given to [`TangoPipeline`], says to
-    make the sound anew.
-
-    Raises:
-        ValueError: naming `mask`, for regions outside a clip or over each other, and for arrays of another length.
-    """
-
-    def is_region(value):
-        return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(each, Real) for each in value)
-
-    if isinstance(mask, (np.ndarray, torch.Tensor)):
-        masks = list(mask) if mask.ndim == 2 else [mask] * len(clips)
-    elif isinstance(mask, (list, tuple)) and mask and all(is_region(each) for each in mask):
-        masks = [mask] * len(clips)
-    elif isinstance(mask, list) and mask and all(isinstance(each, (list, np.ndarray, torch.Tensor)) for each in mask):
-        masks = mask
-    else:
-        raise ValueError(
-            "`mask` has to be a list of regions (start, end) in seconds such as [(2.0, 4.5)], one such list for each "
-            f"clip, or an array of samples, not {mask!r:.200}."
-        )
-    if len(masks) != len(clips):
-        raise ValueError(f"`mask` is for {len(masks)} clips, but `audio` has {len(clips)}.")
-
-    result = []
-    for each, clip in zip(masks, clips):
-        if isinstance(each, (np.ndarray, torch.Tensor)):
-            samples = np.asarray(each.cpu() if isinstance(each, torch.Tensor) else each)
-            if samples.shape != clip.shape:
-                raise ValueError(
-                    f"`mask` as an array needs a value for each sample of `audio`, {clip.shape}, not {samples.shape}."
-                )
-            if samples.dtype.kind not in "biuf" or not np.isin(samples, (0, 1)).all():
-                raise ValueError("`mask` as an array has to hold 0 (keep) and 1 (make anew) only.")
-            result.append(samples.astype(bool))
-            continue
-        samples = np.zeros(len(clip), dtype=bool)
-        length_in_s = len(clip) / sampling_rate
-        if not all(is_region(region) for region in each):
-            raise ValueError(f"`mask` has to hold regions (start, end) in seconds, not {each!r:.200}.")
-        last_end = 0.0
-        for start, end in sorted(each):
-            if not 0 <= start < end <= length_in_s + 0.5 / sampling_rate:  # NaN fails as well
-                raise ValueError(f"`mask` region ({start}, {end}) does not lie in the {length_in_s:g} s of `audio`.")
-            if start < last_end:
-                raise ValueError(f"`mask` regions overlap: one starts at {start} s, before the end of another.")
-            last_end = end
-            samples[round(start * sampling_rate) : round(end * sampling_rate)] = True
-        result.append(samples)
-    return result
-
-
-def read_prompts(prompt):
-    """For each sound its texts over time: a list of `(seconds, text)`, of one element unless the prompt moves.
-
-    Raises:
-        ValueError: naming `prompt`.
-    """
-
-    def is_timed(value):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == 2
-            and isinstance(value[0], Real)
-            and not isinstance(value[0], bool)
-            and isinstance(value[1], str)
-        )
-
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(prompts, list) and prompts and all(is_timed(each) for each in prompts):
-        prompts = [prompts]
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError(f"`prompt` has to be a string or a list of at least one string, not {prompt!r}.")
-    result = []
-    for each in prompts:
-        keyframes = [(0.0, each)] if isinstance(each, str) else each
-        if not isinstance(keyframes, list) or not keyframes or not all(is_timed(pair) for pair in keyframes):
-            raise ValueError(
-                "`prompt` has to hold strings, or lists of (seconds, string) for prompts that move, not "
-                f"{each!r:.200}."
-            )
-        times = [seconds for seconds, _ in keyframes]
-        if not all(math.isfinite(time) for time in times) or times[0] < 0 or sorted(set(times)) != times:
-            raise ValueError(f"`prompt` has to move through ascending seconds from 0 on, not {times}.")
-        result.append(keyframes)
-    return result
-
-
-def texts_at(seconds, keyframes, num_copies):
-    """Which text guides each sound at a time.
-
-    Args:
-        seconds (`float`)
-        keyframes (`list[list[tuple[float, str]]]`): for each sound its texts over time.
-        num_copies (`int`): waveforms of each sound, next to each other.
-
-    Returns:
-        Three tensors of shape `(batch * num_copies,)`: row of the text, row of the next one, share of the next one.
-    """
-    rows, next_rows, shares, num_rows = [], [], [], 0
-    for each in keyframes:
-        position = float(np.interp(seconds, [time for time, _ in each], np.arange(len(each))))
-        index = int(position)
-        following = min(index + 1, len(each) - 1)
-        for copy in range(num_copies):
-            rows.append((num_rows + index) * num_copies + copy)
-            next_rows.append((num_rows + following) * num_copies + copy)
-            shares.append(position - index)
-        num_rows += len(each)
-    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(shares)
-
-
-class PlacedAudio(NamedTuple):
-    """Given sounds on the time line of the result, one row each."""
-
-    waveform: np.ndarray  # (batch, num_samples), float32, at the pipeline's rate
-    is_made: np.ndarray | None  # (batch, num_samples), True where there is sound to make. None: everywhere
-    mean: np.ndarray  # (batch, 1)
-    gain: np.ndarray  # (batch, 1), from the sound's own level to the one that the VAE was trained on
-
-
-def place_audio(clips, masks, clip_sampling_rate, sampling_rate, num_samples, start_in_s, inpaints, strength):
-    """Resample `clips` and lay them out on the time line of the result.
-
-    Returns:
-        [`PlacedAudio`]
-
-    Raises:
-        ValueError: if nothing would be kept, or nothing made, or if what is kept is silent.
-    """
-    start = round(start_in_s * sampling_rate)
-    divisor = math.gcd(sampling_rate, clip_sampling_rate)
-    waveform = np.zeros((len(clips), num_samples), dtype=np.float32)
-    is_made = np.ones((len(clips), num_samples), dtype=bool)
-    for row, (clip, mask) in enumerate(zip(clips, masks)):
-        if sampling_rate != clip_sampling_rate:
-            clip = scipy.signal.resample_poly(clip, sampling_rate // divisor, clip_sampling_rate // divisor)
-        clip = clip[: num_samples - start]
-        waveform[row, start : start + len(clip)] = clip
-        is_made[row, start : start + len(clip)] = False
-        for first, last in find_regions(mask):
-            first, last = (round(edge * sampling_rate / clip_sampling_rate) for edge in (first, last))
-            is_made[row, start + first : min(start + last, num_samples)] = True
-
-    if inpaints and not is_made.any():
-        raise ValueError("`mask` leaves nothing to make.")
-    mean, gain = np.zeros((2, len(clips), 1), dtype=np.float32)
-    for row in range(len(clips)):
-        # the level of what stays, not of what goes
-        heard = waveform[row, ~is_made[row]] if inpaints and strength == 1 else waveform[row]
-        if not len(heard):
-            raise ValueError("`mask` leaves nothing of `audio` to keep: leave out both, and give `audio_length_in_s`.")
-        mean[row] = heard.mean(dtype=np.float64)
-        peak = max(heard.max() - mean[row, 0], mean[row, 0] - heard.min())
-        if peak < SILENT_PEAK:
-            raise ValueError("`audio` is silent in the part that is kept.")
-        gain[row] = TRAINING_PEAK / peak
-    return PlacedAudio(waveform, is_made if inpaints else None, mean, gain)
-
-
-def fill_by_mirror(waveform, is_made):
-    """Put the sound around each gap, played backwards, in its place, so that neither silence nor the sound that has to
-    go is heard by an encoder that looks across the gap's edges.
-
-    Args:
-        waveform (`np.ndarray` of shape `(num_samples,)`)
-        is_made (`np.ndarray` of shape `(num_samples,)`): where the gaps are. At least one sample is kept.
-    """
-
-    def mirror_from_the_left(waveform, regions):
-        waveform = waveform.copy()
-        for start, end in regions:
-            if start > 0:
-                waveform[start:end] = np.pad(waveform[:start], (0, end - start), "symmetric")[start:]
-        return waveform
-
-    num_samples = len(waveform)
-    regions = find_regions(is_made)
-    if not regions:
-        return waveform
-    from_left = mirror_from_the_left(waveform, regions)
-    backwards = [(num_samples - end, num_samples - start) for start, end in reversed(regions)]
-    from_right = mirror_from_the_left(waveform[::-1], backwards)[::-1]
-    filled = waveform.copy()
-    for start, end in regions:
-        share = np.linspace(0, 1, end - start) * (end < num_samples) if start > 0 else np.ones(end - start)
-        filled[start:end] = (1 - share) * from_left[start:end] + share * from_right[start:end]
-    return filled
-
-
-def find_regions(is_made):
-    """`(start, end)` of each run of `True` in a 1-D array."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_made, [False]]).astype(np.int8)))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-
-
-def match_level(made, kept, max_db=MAX_MATCH_DB):
-    """Decibels that bring `made` to the level of `kept`, within `max_db` up or down; 0 beside silence."""
-    made_level, kept_level = np.sqrt(np.mean(made**2)), np.sqrt(np.mean(kept**2))
-    if min(made_level, kept_level) < SILENT_PEAK:
-        return 0.0
-    return float(np.clip(20 * math.log10(kept_level / made_level), -max_db, max_db))
-
-
-def match_spectrum(made, kept, frequencies, max_db=MAX_MATCH_DB):
-    """Decibels at each of `frequencies` that bring `made` to the mean log-mel spectrum of `kept`, smoothed over about
-    three mel bands, within `max_db` up or down; those of `match_level` where there is too little sound for that."""
-    if len(made) < 2 * MEL_FFT_LENGTH or min(np.abs(made).max(), np.abs(kept).max()) < SILENT_PEAK:
-        return np.full(len(frequencies), match_level(made, kept, max_db))
-    inner = slice(MEL_FFT_LENGTH // 2 // MEL_HOP_LENGTH + 1, -MEL_FFT_LENGTH // 2 // MEL_HOP_LENGTH)  # frames inside
-    waveforms = torch.from_numpy(np.stack([made, kept]).astype(np.float32))
-    mels_db = 20 / math.log(10) * log_mel_spectrogram(waveforms)[:, inner].numpy()  # (2, num_frames, num_mel_bins)
-    made_db, kept_db = np.maximum(mels_db, mels_db.max() - AUDIBLE_DB).mean(axis=1)
-    match = np.convolve(np.pad(kept_db - made_db, 1, "edge"), [0.25, 0.5, 0.25], "valid")
-    highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
-    centres = mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")[1:-1]
-    return np.interp(frequencies, centres, match.clip(-max_db, max_db))
-
-
-def scale_spectrum(waveform, window_length, decibels, num_samples=2**19):
-    """Change the short-time spectrum of a sound, a bounded stretch of it at a time.
-
-    Args:
-        waveform (`np.ndarray` of shape `(num_samples,)`)
-        window_length (`int`): even, and no more than there are samples.
-        decibels (`Callable`): gives an array `(window_length // 2 + 1, num_frames)` for the middles of the frames, an
-            array `(num_frames,)` of positions in samples.
-        num_samples (`int`, *optional*, defaults to 2**19): a multiple of half the window.
-    """
-    options = {"nperseg": window_length, "noverlap": window_length // 2}
-    scaled = np.empty_like(waveform)
-    for start in range(0, len(waveform), num_samples):
-        first, end = max(start - window_length, 0), min(start + num_samples, len(waveform))
-        _, times, spectrum = scipy.signal.stft(waveform[first : end + window_length], **options)
-        spectrum *= 10 ** (decibels(first + times) / 20)
-        scaled[start:end] = scipy.signal.istft(spectrum, **options)[1][start - first : end - first]
-    return scaled
-
-
-def join_at_seams(made, audio, is_made, sampling_rate, is_matched=False):
-    """`audio` with `made` in its place where `is_made`.
-
-    Both are the same sound where `audio` is kept, `made` after VAE and vocoder: the spectrum of `made` is corrected by
-    their difference beside each seam, going over from one seam's to the next one's. At the seam itself it is that of
-    the kept sound on the other side, from which `made` goes over to its own within 0.4 s. On the kept side of a seam
-    `made` fades in over 20 ms, with weights that hold the power constant whatever the correlation of the two (Fink,
-    Holters and Zölzer, DAFx 2016). All other kept samples are those of `audio`.
-
-    Args:
-        made, audio (`np.ndarray` of shape `(num_samples,)`)
-        is_made (`np.ndarray` of shape `(num_samples,)`)
-        is_matched (`bool`, *optional*, defaults to `False`): whether `made` needs no correction.
-    """
-    regions = find_regions(is_made)
-    if not regions:
-        return audio
-    fade_length, context_length, side_length, reach = (
-        round(seconds * sampling_rate)
-        for seconds in (CROSSFADE_IN_S, SEAM_CONTEXT_IN_S, SEAM_SIDE_IN_S, SEAM_FADE_IN_S)
-    )
-    edges = [0, *(edge for region in regions for edge in region), len(made)]
-    seams = []  # position, the kept side (-1 before, 1 after), how much is kept there, how much made on the other
-    for i, (start, end) in enumerate(regions):
-        if start > 0:
-            seams.append((start, -1, start - edges[2 * i], end - start))
-        if end < len(made):
-            seams.append((end, 1, edges[2 * i + 3] - end, end - start))
-
-    def beside(position, side, length):
-        """Samples from a seam outwards, to the one or the other side."""
-        return position + np.arange(length) if side > 0 else position - 1 - np.arange(length)
-
-    if not is_matched:
-        window_length = min(MEL_FFT_LENGTH, len(made) // 2 * 2)
-        frequencies = np.fft.rfftfreq(window_length, 1 / sampling_rate)
-        matches, steps = [], []
-        for position, side, num_kept, num_made in seams:
-            context = beside(position, side, min(num_kept, context_length))
-            matches.append(match_spectrum(made[context], audio[context], frequencies))
-            length = min(num_kept, num_made, side_length)
-            if length < MEL_FFT_LENGTH:
-                continue  # too little to tell a step from chance
-            inside, outside = beside(position, -side, length), beside(position, side, length)
-            step = match_spectrum(made[inside], audio[outside], frequencies, MAX_STEP_DB) - matches[-1]
-            steps.append((position, side, num_kept, min(num_made / 2, reach), step))
-
-        def match_at(positions):
-            seam_positions = [position for position, *_ in seams]
-            match = np.stack([np.interp(positions, seam_positions, each) for each in np.stack(matches, axis=1)])
-            for position, side, num_kept, width, step in steps:
-                depth = side * (position - positions)  # into the made sound
-                share = np.clip(1 - depth / width, 0, 1) * (depth > -num_kept / 2)
-                match += step[:, None] * share
-            return match
-
-        made = scale_spectrum(made, window_length, match_at)
-
-    joined = np.where(is_made, made, audio)
-    for position, side, num_kept, _ in seams:
-        fade = beside(position, side, min(num_kept // 2, fade_length))
-        if not len(fade):
-            continue
-        kept_part, made_part = audio[fade], made[fade]
-        energy = math.sqrt((kept_part**2).sum() * (made_part**2).sum())
-        correlation = max(float(kept_part @ made_part) / energy, 0.0) if energy > 0 else 1.0
-        share = 1 - (np.arange(len(fade)) + 0.5) / len(fade)  # of the made sound, falling outwards
-        power = (1 - share) ** 2 + share**2 + 2 * share * (1 - share) * correlation
-        joined[fade] = ((1 - share) * kept_part + share * made_part) / np.sqrt(power)
-    return joined
-
-
-def split_band(waveform, band_in_hz, sampling_rate):
-    """The part of `waveform`, of shape `(num_samples,)`, within `band_in_hz`, without delay. Outside the band it is 80
-    dB down, inside whole from 100 Hz on."""
-    low, high = band_in_hz
-    nyquist = sampling_rate / 2
-    num_taps, beta = scipy.signal.kaiserord(80, 100 / nyquist)
-    cutoffs = [edge for edge, is_inside in ((low + 50, low > 0), (high - 50, high < nyquist)) if is_inside]
-    taps = scipy.signal.firwin(num_taps | 1, cutoffs, window=("kaiser", beta), pass_zero=low <= 0, fs=sampling_rate)
-    return scipy.signal.fftconvolve(waveform, taps, mode="same") if len(waveform) >= len(taps) else waveform
-
-
-def window_starts(num_frames, num_frames_in_window):
-    """First frames of evenly spread windows over `num_frames`, each overlapping the next by a quarter or more."""
-    if num_frames <= num_frames_in_window:
-        return [0]
-    stride = num_frames_in_window * 3 // 4
-    num_windows = math.ceil((num_frames - num_frames_in_window) / stride) + 1
-    return [round(i * (num_frames - num_frames_in_window) / (num_windows - 1)) for i in range(num_windows)]
-
-
-def window_weights(num_frames, device):
-    """Hann weights, positive everywhere, for blending overlapping windows along the frames."""
-    weights = torch.hann_window(num_frames + 2, periodic=False, device=device)[1:-1]  # (num_frames,)
-    return weights[:, None]  # (num_frames, 1)
-
-
-def blend_windows(function, inputs, num_frames_in_window, num_windows_at_once=1, factor_in=1, factor_out=1):
-    """Apply `function` to overlapping windows along the frames, and average its outputs where they overlap.
-
-    For a UNet this is equation (5) of MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113), with weights that fade
-    towards a window's ends, so that there is no seam.
-
-    Args:
-        function (`Callable`): called with `num_windows * batch` rows, window by window, and the windows' first frames.
-        inputs (`torch.Tensor` of shape `(batch, channels, num_frames * factor_in, bins)`)
-        num_frames_in_window (`int`): more frames than this are split into windows.
-        num_windows_at_once (`int`, *optional*, defaults to 1): what bounds the memory.
-        factor_in, factor_out (`int`, *optional*, default to 1): input and output frames for each counted frame.
-    """
-    starts = window_starts(inputs.shape[2] // factor_in, num_frames_in_window)
-    if len(starts) == 1:
-        return function(inputs, starts)
-    total, total_weights = None, None
-    for i in range(0, len(starts), num_windows_at_once):
-        group = starts[i : i + num_windows_at_once]
-        windows = [inputs[:, :, s * factor_in : (s + num_frames_in_window) * factor_in] for s in group]
-        for start, output in zip(group, function(torch.cat(windows), group).chunk(len(group))):
-            if total is None:
-                num_frames = inputs.shape[2] // factor_in * factor_out
-                total = output.new_zeros((*output.shape[:2], num_frames, output.shape[3]))
-                total_weights = output.new_zeros((num_frames, 1))
-                weights = window_weights(output.shape[2], output.device)
-            frames = slice(start * factor_out, start * factor_out + output.shape[2])
-            total[:, :, frames] += output * weights
-            total_weights[frames] += weights
-    return total / total_weights
-
-
-def step_of_evaluation(i, scheduler):
-    """Which step, counted from 0, the UNet's `i`-th evaluation of a run belongs to."""
-    if not isinstance(scheduler, PNDMScheduler):
-        return i // scheduler.order
-    if scheduler.config.skip_prk_steps:
-        return max(i - 1, 0)  # the first step is taken twice
-    return i // 4 if i < 12 else i - 9  # three Runge-Kutta steps of four evaluations
-
-
-class BlockedAttnProcessor(AttnProcessor2_0):
-    """Self-attention of the UNet in blocks of queries, whose scores stay in a CPU's cache.
-
-    For bfloat16 on CPUs, where torch 2.13 multiplies matrices several times faster than in float32 but attends no
-    faster: `pipe.unet.set_attn_processor(BlockedAttnProcessor())`. Scores are rounded to the type of the queries.
-    Cross-attention, a compiled UNet and one that is trained attend as with `AttnProcessor2_0`, which undoes it.
-    """
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
-        """`hidden_states`, and the result, are `(batch, tokens, channels)`."""
-        is_masked = attention_mask is not None
-        if encoder_hidden_states is not None or is_masked or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        query, key, value = (
-            attn.head_to_batch_dim(project(hidden_states), out_dim=4).contiguous()  # (batch, heads, tokens, channels)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query, key = query * attn.scale, key.transpose(2, 3)
-        block_length = max(MAX_BLOCK_SCORES // (attn.heads * key.shape[3]), 1)
-        for clip in range(len(query)):
-            for block in query[clip].split(block_length, dim=1):
-                block.copy_((block @ key[clip]).softmax(dim=-1) @ value[clip])
-        hidden_states = query.transpose(1, 2).flatten(2)
-        for layer in attn.to_out:
-            hidden_states = layer(hidden_states)
-        return hidden_states
-
-
-class DeepCache:
-    """What the hooks of a UNet share that computes only its shallowest branch in some evaluations.
-
-    That branch is the first convolution, the last resnet and attention of the last up block, which that convolution
-    skips to, and the last convolution. What the rest makes, the other input of that resnet, changes slowly from one
-    evaluation to the next and is kept: DeepCache (Ma et al. 2023, arXiv 2312.00858).
-
-    Args:
-        interval (`int`): every how many evaluations everything is computed.
-        num_skip_channels (`int`): channels of the first convolution's output.
-    """
-
-    def __init__(self, interval, num_skip_channels):
-        self.interval = interval
-        self.num_skip_channels = num_skip_channels
-        self.mode = "off"  # for the hooks: "keep" sets `features`, "reuse" reads them
-        self.features = None  # (rows, channels, frames, bins)
-        self.reset()
-
-    def reset(self):
-        """Forget what was kept, so that everything is computed next."""
-        self.kept = {}  # first frame of a window -> features
-        self.age = 0  # evaluations since the last full one
-        self.is_guided = False  # whether `kept` has the unconditional rows
-
-    def advance(self, is_guided):
-        """Begin an evaluation: a full one if what is kept is too old or lacks the unconditional rows."""
-        self.age += 1
-        if not self.kept or self.age == self.interval or (is_guided and not self.is_guided):
-            self.kept, self.age, self.is_guided = {}, 0, is_guided
-
-    @contextlib.contextmanager
-    def window(self, start, num_rows):
-        """Within this context the UNet gets the windows from frame `start` on, as `num_rows` rows."""
-        self.mode = "reuse" if self.age else "keep"
-        if self.age:
-            self.features = self.kept[start][-num_rows:]  # the conditional rows are the last
-        try:
-            yield
-            if not self.age:
-                self.kept[start] = self.features.clone()  # without the tensor that it is a part of
-        finally:
-            self.mode, self.features = "off", None
-
-
-class DeepModuleHook(ModelHook):
-    """Skips a module while kept features are reused.
-
-    Args:
-        cache ([`DeepCache`])
-        placeholder (`Callable`): makes of a tensor without channels what the module's caller expects.
-    """
-
-    def __init__(self, cache, placeholder):
-        super().__init__()
-        self.cache = cache
-        self.placeholder = placeholder
-
-    def new_forward(self, module, hidden_states, *args, **kwargs):
-        if self.cache.mode == "reuse":
-            return self.placeholder(hidden_states[:, :0])
-        return self.fn_ref.original_forward(hidden_states, *args, **kwargs)
-
-
-class ShallowResnetHook(ModelHook):
-    """Keeps the deep features among the input channels of the last resnet, or puts kept ones there."""
-
-    _is_stateful = True
-
-    def __init__(self, cache):
-        super().__init__()
-        self.cache = cache
-
-    def pre_forward(self, module, hidden_states, *args, **kwargs):
-        if self.cache.mode == "keep":
-            self.cache.features = hidden_states[:, : -self.cache.num_skip_channels]
-        elif self.cache.mode == "reuse":
-            hidden_states = torch.cat([self.cache.features, hidden_states], dim=1)  # (rows, channels, frames, bins)
-        return (hidden_states, *args), kwargs
-
-    def reset_state(self, module):
-        self.cache.reset()
-        return module
-
-
-class TangoLoraLoaderMixin(LoraBaseMixin):
-    """Loads and saves LoRA adapters of the UNet. The rest (`set_adapters`, `unload_lora_weights`,
-    `enable_lora_hotswap`, ...) is [`~loaders.lora_base.LoraBaseMixin`]'s."""
-
-    _lora_loadable_modules = ["unet"]
-    unet_name = "unet"
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, *, return_lora_metadata=False, **kwargs):
-        """State dict of a LoRA file, and its metadata if `return_lora_metadata`.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): Hub repo, folder, or state dict.
-            return_lora_metadata (`bool`, *optional*, defaults to `False`): also return the adapter's configuration.
-            kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `force_download`, `local_files_only`, `token`.
-        """
-        options = ("weight_name", "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token")
-        fetch_options = {name: kwargs.pop(name, None) for name in options}
-        if kwargs:
-            raise ValueError(f"Unknown arguments {sorted(kwargs)}; known ones are {list(options)}.")
-        state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict,
-            use_safetensors=True,
-            proxies=None,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=False,
-            **fetch_options,
-        )
-        return (state_dict, metadata) if return_lora_metadata else state_dict
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict,
-        adapter_name=None,
-        hotswap=False,
-        low_cpu_mem_usage=True,
-        **kwargs,
-    ):
-        """Load a LoRA adapter into the UNet.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): see `lora_state_dict`, which also
-                gets `kwargs`. Only safetensors files are read. A passed dict is not changed.
-            adapter_name (`str`, *optional*): name to call the adapter by, `default_{i}` if not given.
-            hotswap (`bool`, *optional*, defaults to `False`): replace the weights of the loaded adapter
-                `adapter_name` in place, without recompiling a compiled UNet.
-            low_cpu_mem_usage (`bool`, *optional*, defaults to `True`): do not initialise weights that get loaded.
-
-        Raises:
-            ValueError: if the file is no LoRA of this UNet.
-        """
-        if isinstance(pretrained_model_name_or_path_or_dict, dict):
-            pretrained_model_name_or_path_or_dict = dict(pretrained_model_name_or_path_or_dict)
-        state_dict, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
-        strangers = [key for key in state_dict if "lora" not in key or not key.startswith(f"{self.unet_name}.")]
-        if strangers or not state_dict:
-            raise ValueError(
-                f"Not a LoRA file for the UNet: every key has to start with '{self.unet_name}.' and contain 'lora', "
-                f"but {f'{len(strangers)} do not, such as {strangers[0]!r}' if strangers else 'there is none'}."
-            )
-        self.load_lora_into_unet(
-            state_dict,
-            self.unet,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=self,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
-
-    @classmethod
-    def load_lora_into_unet(
-        cls,
-        state_dict,
-        unet,
-        adapter_name=None,
-        metadata=None,
-        _pipeline=None,
-        low_cpu_mem_usage=True,
-        hotswap=False,
-    ):
-        """Load the keys of `state_dict` that start with `unet.` into `unet` (`UNet2DConditionModel`)."""
-        unet.load_lora_adapter(
-            state_dict,
-            prefix=cls.unet_name,
-            network_alphas=None,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=_pipeline,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
-
-    @classmethod
-    def save_lora_weights(
-        cls,
-        save_directory,
-        unet_lora_layers=None,
-        is_main_process=True,
-        weight_name=None,
-        save_function=None,
-        safe_serialization=True,
-        unet_lora_adapter_metadata=None,
-    ):
-        """Save the LoRA layers of the UNet in the format that `load_lora_weights` reads.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): folder, made if missing.
-            unet_lora_layers (`dict[str, torch.Tensor]` or `torch.nn.Module`): for example
-                `peft.utils.get_peft_model_state_dict(unet)`.
-            is_main_process (`bool`, *optional*, defaults to `True`): `False` on the other processes of a
-                distributed run; they write nothing.
-            weight_name (`str`, *optional*): file name, `pytorch_lora_weights.safetensors` if not given.
-            save_function (`Callable`, *optional*): replaces the safetensors writer.
-            safe_serialization (`bool`, *optional*, defaults to `True`): `False` writes a pickle.
-            unet_lora_adapter_metadata (`dict`, *optional*): configuration of the adapter (rank, alpha, targets),
-                for example `unet.peft_config["default"].to_dict()`.
-
-        Raises:
-            ValueError: if `unet_lora_layers` is empty.
-        """
-        if not unet_lora_layers:
-            raise ValueError("`unet_lora_layers` is empty: there is nothing to save.")
-        if not is_main_process:
-            return
-        cls._save_lora_weights(
-            save_directory=save_directory,
-            lora_layers={cls.unet_name: unet_lora_layers},
-            lora_metadata={cls.unet_name: unet_lora_adapter_metadata},
-            weight_name=weight_name,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-        )
-
-    def fuse_lora(self, components=("unet",), lora_scale=1.0, safe_fusing=False, adapter_names=None):
-        """Add the adapters' weights, times `lora_scale`, to the UNet's own (see `LoraBaseMixin.fuse_lora`)."""
-        super().fuse_lora(list(components), lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
-
-    def unfuse_lora(self, components=("unet",)):
-        """Undo `fuse_lora`."""
-        super().unfuse_lora(list(components))
+class StepCallback(NamedTuple):
+    """A `callback_on_step_end`, which may be `None`, and the names of the tensors that it gets."""
+
+    function: Callable | None
+    tensor_inputs: list[str]
+
+    def __call__(self, pipe, i, t, latents, text):
+        """Replace the tensors of `text`, a [`TextTrack`], and return latents, as the function says."""
+        if self.function is None:
+            return latents
+        tensors = {"latents": latents, "prompt_embeds": text.prompt_embeds, "attention_mask": text.attention_mask}
+        callback_kwargs = {name: tensors[name] for name in self.tensor_inputs}
+        outputs = self.function(pipe, i, t, callback_kwargs) or {}
+        if not {"prompt_embeds", "attention_mask"}.isdisjoint({*callback_kwargs, *outputs}):
+            text.selected.clear()  # they may have been changed in place
+        text.prompt_embeds = outputs.pop("prompt_embeds", text.prompt_embeds)
+        text.attention_mask = outputs.pop("attention_mask", text.attention_mask)
+        return outputs.pop("latents", latents)
 
 
 class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
@@ -893,15 +130,15 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         scheduler ([`SchedulerMixin`]): any of `KarrasDiffusionSchedulers`, LCM or TCD.
         vocoder ([`~transformers.SpeechT5HifiGan`]): its rates and sampling rate fix the hop length.
         default_audio_length_in_s (`float`, *optional*, defaults to 10.24): length of what is generated when
-            `audio_length_in_s` is not given; what the checkpoint was trained on.
+            `audio_length_in_s` is not given; the length that the checkpoint was trained on.
         default_num_inference_steps (`int`, *optional*, defaults to 100): the same for `num_inference_steps`.
         default_guidance_scale (`float`, *optional*, defaults to 3.0): the same for `guidance_scale`.
         default_guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): the same for
             `guidance_interval`.
-        num_noise_channels (`int`, *optional*, defaults to 0): how many of the vocoder's inputs, the last ones, are
-            white noise that it takes chance from (`training.train_vocoder`). The others are mel bins.
-        num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on what the
-            vocoder makes. Small vocoders need them.
+        num_noise_channels (`int`, *optional*, defaults to 0): how many input channels of the vocoder, the last ones,
+            are white noise (`training.train_vocoder`). The others are mel bins.
+        num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on the output
+            of the vocoder. Small vocoders need them.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -940,7 +177,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
 
     @property
-    def _num_mel_bins(self):
+    def num_mel_bins(self):
         return self.vocoder.config.model_in_dim - self.config.num_noise_channels
 
     @property
@@ -949,8 +186,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self):
-        """Equation (2) of Imagen's form: a weight of 1 means no guidance. UNets that were distilled with the weight as
-        an input (`time_cond_proj_dim`) get it there instead of in a second pass."""
+        """Whether the UNet gets unconditional rows. The weight is that of equation (2) of Imagen, where 1 means no
+        guidance. UNets that were distilled with it as an input (`time_cond_proj_dim`) need no such rows."""
         return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
 
     @property
@@ -977,13 +214,13 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         attention_mask: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
     ):
-        """Text as the UNet reads it.
+        """Encode prompts and negative prompts into embeddings and attention masks.
 
-        Prompt and negative prompt are padded to one length, the longer of the two, so that they can share a batch. The
-        masks say which tokens are real; they belong with the embeddings wherever those go, since without them the
-        padding is read as text. Without a negative prompt the unconditional text is the encoded "", of which only the
-        end token is unmasked: what the released checkpoints were guided with (the original's training zeroes the
-        states instead, an option that those were trained without).
+        Prompt and negative prompt are padded to the length of the longer one, so that they can share a batch. The
+        attention masks say which tokens are not padding; without them the UNet reads padding as text. Without a
+        negative prompt the unconditional text is the encoded "", of which only the end token is unmasked, as the
+        released checkpoints were guided (the original has an option to train with zeroed states instead, which they
+        were trained without).
 
         Args:
             prompt (`str` or `list[str]`, *optional*): not needed with `prompt_embeds`.
@@ -1046,73 +283,37 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return prompt_embeds, attention_mask, negative_prompt_embeds, negative_attention_mask
 
     def enable_deep_cache(self, interval: int = 3):
-        """Compute the whole UNet only in every `interval`-th evaluation, and its shallowest branch, a thirteenth of
-        the work, in between.
+        """Compute the whole UNet only in one of `interval` evaluations, and its shallowest branch in the others, which
+        takes 1/13 of the operations in Tango's UNet.
 
-        Counted are evaluations: second-order schedulers take two for a step. A window keeps its own features, 5 MB a
-        row at full size in float32, until the call ends. Where guidance begins everything is computed, since the
-        features have no unconditional rows. Works with LoRA, offloading and `torch.compile`, but not with group
-        offloading by streams, which needs modules to run in one order.
+        Evaluations are counted, of which second-order schedulers take two for a step. Each window has features of its
+        own until the call ends, 5 MB a row at full size in float32. The first guided evaluation computes the whole
+        UNet, since the features have no unconditional rows before. Works with LoRA, offloading and `torch.compile`,
+        but not with group offloading by streams, which needs modules to run in one order.
 
-        It belongs to the UNet, so to every pipeline that shares it, and is not saved.
+        The cache is part of the UNet, so all pipelines that share the UNet have it, and it is not saved.
 
         Args:
-            interval (`int`, *optional*, defaults to 3): 1 computes everything always.
+            interval (`int`, *optional*, defaults to 3): 1 computes the whole UNet in each evaluation.
 
         Raises:
-            ValueError: if `interval` is no positive integer, or the UNet has blocks of other kinds.
+            ValueError: if `interval` is not a positive integer, or if the UNet has other kinds of blocks.
 
         Source: DeepCache (Ma et al. 2023, arXiv 2312.00858).
         """
-        if not isinstance(interval, Integral) or isinstance(interval, bool) or interval < 1:
-            raise ValueError(f"`interval` has to be an integer of at least 1, not {interval!r}.")
-        if self.unet is None:
-            raise ValueError("This pipeline was built without `unet`, which a deep cache is for.")
-        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
-        strangers = {type(block).__name__ for block in (*self.unet.down_blocks, *self.unet.up_blocks)} - known
-        if strangers:
-            raise ValueError(f"`unet` has blocks that a deep cache cannot skip: {sorted(strangers)}.")
-        self.disable_deep_cache()
-
-        def skip(module, placeholder):
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(
-                DeepModuleHook(cache, placeholder), DEEP_CACHE_HOOK
-            )
-
-        cache = DeepCache(interval, self.unet.conv_in.out_channels)
-        for block in self.unet.down_blocks:
-            num_outputs = len(block.resnets) + len(block.downsamplers or ())
-            skip(block, lambda nothing, num_outputs=num_outputs: (nothing, (nothing,) * num_outputs))
-        *up_blocks, last_block = self.unet.up_blocks
-        *resnets, last_resnet = last_block.resnets
-        for module in (self.unet.mid_block, *up_blocks, *resnets):
-            if module is not None:
-                skip(module, lambda nothing: nothing)
-        for attention in getattr(last_block, "attentions", [])[:-1]:
-            skip(attention, lambda nothing: (nothing,))
-        HookRegistry.check_if_exists_or_initialize(last_resnet).register_hook(
-            ShallowResnetHook(cache), DEEP_CACHE_HOOK
-        )
+        install_deep_cache(self.unet, interval)
 
     def disable_deep_cache(self):
         """Undo `enable_deep_cache`. Does nothing if there is no deep cache."""
-        if self.deep_cache is None:
-            return
-        for module in self.unet.modules():
-            if hasattr(module, "_diffusers_hook"):
-                module._diffusers_hook.remove_hook(DEEP_CACHE_HOOK, recurse=False)
+        remove_deep_cache(self.unet)
 
     @property
     def deep_cache(self):
         """The UNet's [`DeepCache`], `None` if it has none."""
-        if self.unet is None:
-            return None
-        registry = getattr(self.unet.up_blocks[-1].resnets[-1], "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook(DEEP_CACHE_HOOK)
-        return None if hook is None else hook.cache
+        return find_deep_cache(self.unet)
 
     def maybe_free_model_hooks(self):
-        """Offload the models after a call, and drop what a deep cache kept for it."""
+        """Offload the models after a call, and drop the features of a deep cache."""
         super().maybe_free_model_hooks()
         if self.deep_cache is not None:
             self.deep_cache.reset()
@@ -1126,10 +327,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         push_to_hub=False,
         **push_to_hub_kwargs,
     ):
-        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` uses too, with this file beside the
-        index as `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is missing."""
+        """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
         os.makedirs(save_directory, exist_ok=True)
-        shutil.copyfile(__file__, os.path.join(save_directory, "pipeline.py"))
+        with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
+            file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
@@ -1145,10 +347,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return extra_step_kwargs
 
     def prepare_latents(self, batch_size, num_latent_frames, device, generator=None, latents=None):
-        """Noise to start from, of the scheduler's initial sigma.
+        """Initial noise, with the standard deviation that the scheduler starts from.
 
-        Always float32, whatever the UNet's dtype: the scheduler's arithmetic loses too much in half precision, and the
-        same seed gives the same noise in every precision.
+        Always float32, whatever the dtype of the UNet: the arithmetic of schedulers is not exact enough in half
+        precision, and the same seed gives the same noise in every precision.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, num_latent_frames, latent mel bins)`.
@@ -1159,107 +361,34 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
     def _latent_shape(self, num_latent_frames):
-        return self.unet.config.in_channels, num_latent_frames, self._num_mel_bins // self.vae_scale_factor
+        return self.unet.config.in_channels, num_latent_frames, self.num_mel_bins // self.vae_scale_factor
 
-    def _encode_audio(self, placed, num_latent_frames, num_frames_in_window, num_copies, device, generator):
-        """Scaled latents of `placed`, drawn from the VAE's posterior, each clip `num_copies` times: shape
-        `(batch * num_copies, channels, num_latent_frames, latent mel bins)`."""
-        num_mel_frames = num_latent_frames * self.vae_scale_factor
-        is_unknown = np.zeros_like(placed.waveform, dtype=bool) if placed.is_made is None else placed.is_made
-        num_given = placed.waveform.shape[1]
-        missing = num_mel_frames * self.hop_length - num_given
-        mels = []
-        for given, gaps, mean, gain in zip(placed.waveform, is_unknown, placed.mean, placed.gain):
-            waveform = np.zeros(num_given + missing, dtype=np.float32)
-            np.subtract(given, mean, out=waveform[:num_given])
-            waveform *= gain
-            gaps = np.pad(gaps, (0, missing), constant_values=True)
-            mels.append(self._mel_in_chunks(fill_by_mirror(waveform, gaps), device))
+    def _encode_audio(self, placed, windows, num_copies, device, generator):
+        """Scaled latents of a [`PlacedAudio`], sampled from the VAE's posterior: `(batch * num_copies, channels,
+        num_latent_frames, latent mel bins)`, the copies of a clip next to each other."""
+        num_samples = windows.num_latent_frames * self.vae_scale_factor * self.hop_length
+        mels = [log_mel_spectrogram_in_chunks(each, device) for each in placed.encoder_inputs(num_samples)]
         mel_spectrogram = torch.stack(mels)[:, None].repeat_interleave(num_copies, dim=0)  # (batch, 1, frames, bins)
 
-        def encode(windows, starts):
-            return self.vae.encode(windows.to(self.vae.dtype)).latent_dist.parameters.float()
+        def encode(mel_windows, starts):
+            return self.vae.encode(mel_windows.to(self.vae.dtype)).latent_dist.parameters.float()
 
-        parameters = blend_windows(encode, mel_spectrogram, num_frames_in_window, factor_in=self.vae_scale_factor)
+        parameters = blend_windows(
+            encode, mel_spectrogram, windows.num_frames_in_window, factor_in=self.vae_scale_factor
+        )
         return DiagonalGaussianDistribution(parameters).sample(generator) * self.vae.config.scaling_factor
-
-    def _mel_in_chunks(self, waveform, device, num_frames=4096):
-        """`log_mel_spectrogram` of a 1-D array, a bounded stretch at a time: the spectrum of minutes is large."""
-        context = math.ceil(MEL_FFT_LENGTH / 2 / MEL_HOP_LENGTH)  # frames that see beyond a stretch
-        num_all_frames = len(waveform) // MEL_HOP_LENGTH
-        mels = []
-        for start in range(0, num_all_frames, num_frames):
-            end = min(start + num_frames, num_all_frames)
-            if num_all_frames - end <= context:
-                end = num_all_frames
-            first, last = max(start - context, 0), min(end + context, num_all_frames)
-            part = torch.from_numpy(waveform[first * MEL_HOP_LENGTH : last * MEL_HOP_LENGTH]).to(device)
-            mels.append(log_mel_spectrogram(part[None])[0, start - first : end - first])
-            if end == num_all_frames:
-                break
-        return torch.cat(mels)  # (num_frames, num_mel_bins)
-
-    def _latent_mask(self, is_made, num_latent_frames, frequency_mask_in_hz, device):
-        """1 where latents are to be made, 0 where they are the audio's: `(batch, 1, frames, bins)`.
-
-        A latent is made if any sample or frequency that it was computed from is."""
-        if is_made is None:
-            in_time = torch.ones(1, num_latent_frames, device=device)
-        else:
-            num_samples = self.hop_length * self.vae_scale_factor
-            missing = num_latent_frames * num_samples - is_made.shape[1]
-            samples = torch.from_numpy(np.pad(is_made, ((0, 0), (0, missing)), "edge")).to(device, torch.float32)
-            margin = MEL_FFT_LENGTH // 2
-            in_time = F.max_pool1d(samples, num_samples + 2 * margin, num_samples, margin)  # (batch, frames)
-        num_bins = self._latent_shape(num_latent_frames)[2]
-        in_frequency = torch.ones(num_bins, device=device)
-        if frequency_mask_in_hz is not None:
-            low, high = frequency_mask_in_hz
-            highest = hertz_to_mel(MEL_SAMPLING_RATE / 2, mel_scale="slaney")
-            edges = mel_to_hertz(np.linspace(0, highest, NUM_MEL_BINS + 2), mel_scale="slaney")  # bin k: k to k + 2
-            for row in range(num_bins):
-                row_low, row_high = edges[row * self.vae_scale_factor], edges[(row + 1) * self.vae_scale_factor + 1]
-                in_frequency[row] = float(row_low < high and row_high > low)
-        return in_time[:, None, :, None] * in_frequency  # (batch, 1, frames, bins)
-
-    def _join_with_audio(self, made, placed, num_copies, frequency_mask_in_hz):
-        """Sound of the level that the VAE was trained on, back at the level of the audio and, where there is something
-        to keep of that, joined with it."""
-        sampling_rate = self.vocoder.config.sampling_rate
-        joined = np.empty(made.shape, dtype=np.float32)
-        for i, waveform in enumerate(made.float().cpu().numpy()):
-            row = i // num_copies
-            audio = placed.waveform[row]
-            waveform = waveform / placed.gain[row]
-            waveform += placed.mean[row]
-            is_made = placed.is_made[row] if placed.is_made is not None else None
-            if frequency_mask_in_hz is not None:
-                low, high = frequency_mask_in_hz
-                beside = (low / 2, low) if low > 0 else (high, min(2 * high, sampling_rate / 2))
-                beside = (0, 200) if beside[1] - beside[0] < 200 else beside
-                level_db = match_level(*(split_band(each, beside, sampling_rate) for each in (waveform, audio)))
-                waveform = audio + split_band(
-                    waveform * 10 ** (level_db / 20) - audio, frequency_mask_in_hz, sampling_rate
-                )
-            if is_made is not None:
-                is_matched = frequency_mask_in_hz is not None
-                waveform = join_at_seams(waveform, audio, is_made, sampling_rate, is_matched)
-            elif frequency_mask_in_hz is None:
-                waveform /= max(waveform.max(), -waveform.min(), 1.0)  # loud input would be clipped
-            np.clip(waveform, -1.0, 1.0, out=joined[i])
-        return torch.from_numpy(joined).to(made.device)
 
     def mel_spectrogram_to_waveform(self, mel_spectrogram, noise=None):
         """Vocode a log-mel spectrogram.
 
         Args:
             mel_spectrogram (`torch.Tensor` of shape `(batch, 1, num_frames, num_mel_bins)`).
-            noise (`torch.Tensor` of shape `(batch, 1, num_frames, num_noise_channels)`, *optional*): what a vocoder
-                with noise channels takes chance from. Drawn anew by default.
+            noise (`torch.Tensor` of shape `(batch, 1, num_frames, num_noise_channels)`, *optional*): input of a
+                vocoder with noise channels, random by default.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_samples)`: float32 in [-1, 1]. The released vocoder makes 32 samples
-            more than frames times hop.
+            `torch.Tensor` of shape `(batch, num_samples)`: float32 in [-1, 1]. The released vocoder generates 32
+            samples more than `num_frames * hop_length`.
         """
         if noise is None:
             shape = (*mel_spectrogram.shape[:3], self.config.num_noise_channels)
@@ -1304,317 +433,82 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         stream=False,
         guidance_interval=(0.0, 1.0),
     ):
-        """Raise a `ValueError` that names the argument for everything that can be known to be wrong before a model
-        runs. Arguments as in `__call__`."""
-        for name in ("unet", "scheduler", "vae", "vocoder"):
-            if getattr(self, name) is None:
-                raise ValueError(f"This pipeline was built without `{name}`, which it needs to generate.")
-        if not hasattr(self.scheduler, "init_noise_sigma") or not hasattr(self.scheduler, "scale_model_input"):
-            raise ValueError(
-                f"`scheduler` cannot be a {type(self.scheduler).__name__}: flow-matching schedulers do not fit this "
-                f"UNet. Use one of {[s.name for s in KarrasDiffusionSchedulers]}, LCMScheduler or TCDScheduler."
-            )
-        if self.scheduler.config.get("prediction_type") == "flow_prediction":
-            raise ValueError("`scheduler` has prediction_type 'flow_prediction', which does not fit this UNet.")
-        if self._num_mel_bins % self.vae_scale_factor != 0:
-            raise ValueError(
-                f"`vocoder` has {self._num_mel_bins} mel bins, which the `vae`'s factor "
-                f"{self.vae_scale_factor} does not divide."
-            )
-        if self.vae.config.latent_channels != self.unet.config.in_channels:
-            raise ValueError(
-                f"`vae` has {self.vae.config.latent_channels} latent channels, `unet` takes "
-                f"{self.unet.config.in_channels}: they do not belong together."
-            )
+        """Raise a `ValueError` that names the argument for everything that is known to be wrong before a model runs.
+        Arguments as in `__call__`, `audio` also as [`AudioClips`], which are not checked again.
 
-        # numbers
-        for name, value, minimum in (
-            ("num_inference_steps", num_inference_steps, 1),
-            ("num_waveforms_per_prompt", num_waveforms_per_prompt, 1),
-            ("window_batch_size", window_batch_size, 1),
-        ):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"`{name}` has to be an integer of at least {minimum}, not {value!r}.")
-        for name, value in (
-            ("audio_length_in_s", audio_length_in_s),
-            ("guidance_scale", guidance_scale),
-            ("guidance_rescale", guidance_rescale),
-            ("eta", 0.0 if eta is None else eta),
-            ("strength", 1.0 if strength is None else strength),
-            ("audio_start_in_s", audio_start_in_s),
-            ("window_length_in_s", 1.0 if window_length_in_s is None else window_length_in_s),
-        ):
-            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"`{name}` has to be a finite number, not {value!r}.")
+        Returns:
+            What `__call__` needs next: the [`WindowPlan`], for each sound its texts over time as lists of `(seconds,
+            text)`, and the [`InputAudio`], `None` without `audio`.
+        """
+        check_components(self)
         sampling_rate = self.vocoder.config.sampling_rate
-        if not 0.5 < audio_length_in_s * sampling_rate < math.inf:
-            raise ValueError(
-                f"`audio_length_in_s` has to be positive, at least one sample of 1/{sampling_rate} s, "
-                f"not {audio_length_in_s}."
-            )
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"`guidance_rescale` has to be between 0 and 1, not {guidance_rescale}.")
-        if (
-            not isinstance(guidance_interval, (list, tuple))
-            or len(guidance_interval) != 2
-            or not all(isinstance(each, Real) and not isinstance(each, bool) for each in guidance_interval)
-            or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1
-        ):
-            raise ValueError(
-                "`guidance_interval` has to be (start, stop) with 0 <= start < stop <= 1, not "
-                f"{guidance_interval!r:.200}."
-            )
-        if eta is not None and not 0 <= eta <= 1:
-            raise ValueError(f"`eta` has to be between 0 and 1, not {eta}.")
-        if window_length_in_s is not None and not 0 < window_length_in_s < 1e9:
-            raise ValueError(f"`window_length_in_s` has to be positive, not {window_length_in_s}.")
-
-        # schedule
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
-        for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-            if value is None:
-                continue
-            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"`{name}` cannot be set by hand with {type(self.scheduler).__name__}.")
-            kind = Integral if name == "timesteps" else Real
-            if not isinstance(value, (list, tuple, np.ndarray)) or not all(isinstance(each, kind) for each in value):
-                raise ValueError(f"`{name}` has to be a list of {kind.__name__} numbers, not {value!r}.")
-            if len(value) == 0 or not all(math.isfinite(each) for each in value):
-                raise ValueError(f"`{name}` has to hold at least one number, all of them finite, not {value!r}.")
-            if any(later >= earlier for earlier, later in zip(value, value[1:])):
-                raise ValueError(f"`{name}` has to be in descending order, not {value!r}.")
-        num_train_timesteps = self.scheduler.config.num_train_timesteps
-        if timesteps is not None and (timesteps[0] >= num_train_timesteps or timesteps[-1] < 0):
-            raise ValueError(f"`timesteps` have to be from 0 to {num_train_timesteps - 1}, not {timesteps!r}.")
-
-        if isinstance(self.scheduler, PNDMScheduler) and not self.scheduler.config.skip_prk_steps:
-            if num_inference_steps < 4:
-                raise ValueError(
-                    f"`num_inference_steps` has to be at least 4 for PNDM with its Runge-Kutta warm-up, not "
-                    f"{num_inference_steps}. Set the scheduler's `skip_prk_steps` for fewer."
-                )
-
-        # text
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("Only one of `prompt` and `prompt_embeds` can be given.")
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("One of `prompt` and `prompt_embeds` has to be given.")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Only one of `negative_prompt` and `negative_prompt_embeds` can be given.")
-        prompts = None if prompt is None else read_prompts(prompt)
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            texts = negative_prompt
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(
-                    f"`negative_prompt` has to be a string or a list of at least one string, not {texts!r}."
-                )
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if getattr(prompt_embeds, "shape", None) != getattr(negative_prompt_embeds, "shape", None):
-                raise ValueError(
-                    "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but got "
-                    f"{getattr(prompt_embeds, 'shape', None)} and {getattr(negative_prompt_embeds, 'shape', None)}."
-                )
-        width = self.unet.config.cross_attention_dim
-        for prefix, embeds, text_mask in (
-            ("", prompt_embeds, attention_mask),
-            ("negative_", negative_prompt_embeds, negative_attention_mask),
-        ):
-            embeds_name, mask_name = f"{prefix}prompt_embeds", f"{prefix}attention_mask"
-            if embeds is None:
-                if text_mask is not None:
-                    raise ValueError(f"`{mask_name}` belongs to `{embeds_name}` and cannot be given without it.")
-                continue
-            if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or embeds.shape[-1] != width:
-                described = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds)
-                raise ValueError(f"`{embeds_name}` has to be a tensor (batch, tokens, {width}), not {described}.")
-            if not embeds.is_floating_point() or not embeds.numel() or not torch.isfinite(embeds).all():
-                raise ValueError(f"`{embeds_name}` has to hold finite floating-point numbers.")
-            if text_mask is None:
-                raise ValueError(
-                    f"`{embeds_name}` needs its `{mask_name}`: without it padding would be read as text. "
-                    "`encode_prompt` returns both; for embeddings without padding pass a mask of ones."
-                )
-            if not isinstance(text_mask, torch.Tensor) or text_mask.shape != embeds.shape[:2]:
-                described = tuple(text_mask.shape) if isinstance(text_mask, torch.Tensor) else type(text_mask)
-                raise ValueError(f"`{mask_name}` has to be a tensor {tuple(embeds.shape[:2])}, not {described}.")
-            if not ((text_mask == 0) | (text_mask == 1)).all() or not (text_mask == 1).any(dim=1).all():
-                raise ValueError(f"`{mask_name}` has to be 0 or 1, with a 1 in every row.")
-        batch_size = len(prompts) if prompts is not None else prompt_embeds.shape[0]
-        for keyframes in prompts or []:
-            if len(keyframes) > 1 and keyframes[-1][0] > audio_length_in_s:
-                raise ValueError(f"`prompt` moves until {keyframes[-1][0]} s in a sound of {audio_length_in_s} s.")
-            if len(keyframes) > 1 and self._num_windows(audio_length_in_s, window_length_in_s) == 1:
-                raise ValueError(
-                    "`prompt` cannot move within one window, which reads one text: give a longer `audio_length_in_s` "
-                    "or a shorter `window_length_in_s`."
-                )
-        for name, value in (("negative_prompt", negative_prompt), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if value is not None and not isinstance(value, str) and len(value) != batch_size:
-                raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts.")
-        if self.text_encoder is None or self.tokenizer is None:
-            for name, embeds in (("prompt", prompt_embeds), ("negative_prompt", negative_prompt_embeds)):
-                if embeds is None and (name == "prompt" or guidance_scale > 1):
-                    raise ValueError(
-                        f"This pipeline was built without `text_encoder` or `tokenizer`: pass `{name}_embeds`."
-                    )
-        elif self.text_encoder.config.d_model != width:
-            raise ValueError(
-                f"`text_encoder` is {self.text_encoder.config.d_model} wide, `unet` reads {width}: they do not belong "
-                "together."
-            )
-
-        # latents and noise
-        num_waveforms = batch_size * num_waveforms_per_prompt
-        if latents is not None:
-            expected = (num_waveforms, *self._latent_shape(self._num_latent_frames(audio_length_in_s)))
-            if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != expected:
-                described = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents)
-                raise ValueError(
-                    f"`latents` for {num_waveforms} waveforms of {audio_length_in_s} s has to be a tensor of shape "
-                    f"{expected}, not {described}."
-                )
-            if not latents.is_floating_point() or not torch.isfinite(latents).all():
-                raise ValueError("`latents` has to hold finite floating-point numbers.")
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
-            raise ValueError(f"`generator` has to be a torch.Generator or a list of them, not {generator!r}.")
-        if isinstance(generator, list) and len(generator) != num_waveforms:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {num_waveforms} waveforms.")
-
-        # the rest
-        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
-            raise ValueError(f"`cross_attention_kwargs` has to be a dict, not {type(cross_attention_kwargs)}.")
-        if not isinstance(window_order, str) or window_order not in ("joint", "sequential"):
-            raise ValueError(f"`window_order` has to be 'joint' or 'sequential', not {window_order!r}.")
-        if not isinstance(stream, bool):
-            raise ValueError(f"`stream` has to be True or False, not {stream!r}.")
-        if not isinstance(output_type, str) or output_type not in ("np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be 'np', 'pt' or 'latent', not {output_type!r}.")
-        if stream and output_type == "latent":
-            raise ValueError("`stream` yields sound: `output_type` has to be 'np' or 'pt'.")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` has to be callable, not {type(callback_on_step_end)}.")
-        names = callback_on_step_end_tensor_inputs
-        if names is not None and (
-            not isinstance(names, (list, tuple))
-            or not all(isinstance(name, str) and name in self._callback_tensor_inputs for name in names)
-        ):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be a list of some of "
-                f"{self._callback_tensor_inputs}, not {names!r}."
-            )
-        self._check_audio_inputs(
-            batch_size,
-            audio_length_in_s,
-            num_inference_steps,
-            audio,
-            audio_sampling_rate,
-            strength,
-            mask,
-            frequency_mask_in_hz,
-            audio_start_in_s,
-            stream,
+        check_counts(
+            num_inference_steps=num_inference_steps,
+            num_waveforms_per_prompt=num_waveforms_per_prompt,
+            window_batch_size=window_batch_size,
         )
+        check_numbers(
+            audio_length_in_s=audio_length_in_s,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            strength=strength,
+            audio_start_in_s=audio_start_in_s,
+            window_length_in_s=window_length_in_s,
+        )
+        check_ranges(sampling_rate, audio_length_in_s, guidance_rescale, guidance_interval, eta, window_length_in_s)
+        check_timesteps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        windows = self._plan_windows(audio_length_in_s, window_length_in_s, window_batch_size, window_order)
 
-    def _check_audio_inputs(
-        self,
-        batch_size,
-        audio_length_in_s,
-        num_inference_steps,
-        audio,
-        audio_sampling_rate,
-        strength,
-        mask,
-        frequency_mask_in_hz,
-        audio_start_in_s,
-        stream,
-    ):
+        keyframes = read_text(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            attention_mask,
+            negative_attention_mask,
+            self.unet.config.cross_attention_dim,
+        )
+        check_moving_prompts(keyframes, audio_length_in_s, windows)
+        check_negative_rows(negative_prompt, negative_prompt_embeds, len(keyframes))
+        check_text_encoder(self, prompt_embeds, negative_prompt_embeds, guidance_scale)
+        num_waveforms = len(keyframes) * num_waveforms_per_prompt
+        check_latents(latents, (num_waveforms, *self._latent_shape(windows.num_latent_frames)), audio_length_in_s)
+        check_generator(generator, num_waveforms)
+        check_options(cross_attention_kwargs, window_order, stream, output_type)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+
         if audio is None:
-            for name, value in (
-                ("audio_sampling_rate", audio_sampling_rate),
-                ("strength", strength),
-                ("mask", mask),
-                ("frequency_mask_in_hz", frequency_mask_in_hz),
-                ("audio_start_in_s", audio_start_in_s or None),
-            ):
-                if value is not None:
-                    raise ValueError(f"`{name}` belongs to `audio` and cannot be given without it.")
-            return
-        clips = read_clips(audio, audio_sampling_rate)
-        if len(clips) not in (1, batch_size):
-            raise ValueError(f"`audio` has {len(clips)} clips for {batch_size} prompts: give one, or one for each.")
-        if mask is not None:
-            read_masks(mask, clips, audio_sampling_rate)
-        if stream:
-            raise ValueError("`stream` cannot be used with `audio`: the seams need the sound on both of their sides.")
-        front_end = (self.vocoder.config.sampling_rate, self.hop_length, self._num_mel_bins)
-        if front_end != (MEL_SAMPLING_RATE, MEL_HOP_LENGTH, NUM_MEL_BINS):
-            raise ValueError(
-                f"`audio` is read at {MEL_SAMPLING_RATE} Hz into {NUM_MEL_BINS} mel bins, a frame every "
-                f"{MEL_HOP_LENGTH} samples, but `vocoder` has {front_end[0]} Hz, {front_end[2]} bins, {front_end[1]}."
+            check_no_audio_arguments(
+                audio_sampling_rate=audio_sampling_rate,
+                strength=strength,
+                mask=mask,
+                frequency_mask_in_hz=frequency_mask_in_hz,
+                audio_start_in_s=audio_start_in_s or None,
             )
-        if not 0 <= audio_start_in_s < audio_length_in_s:
-            raise ValueError(
-                f"`audio_start_in_s` has to lie in the {audio_length_in_s:g} s of the result, not {audio_start_in_s}."
-            )
-        if frequency_mask_in_hz is not None:
-            band = frequency_mask_in_hz
-            if (
-                not isinstance(band, (list, tuple))
-                or len(band) != 2
-                or not all(isinstance(edge, Real) and not isinstance(edge, bool) for edge in band)
-                or not 0 <= band[0] < band[1] <= MEL_SAMPLING_RATE / 2
-                or band[1] - band[0] < 200
-                or (band[0] == 0 and band[1] == MEL_SAMPLING_RATE / 2)
-            ):
-                raise ValueError(
-                    "`frequency_mask_in_hz` has to be the band (low, high) to make anew, at least 200 Hz wide and "
-                    f"less than all of 0 to {MEL_SAMPLING_RATE // 2} Hz, not {band!r}."
-                )
+            return windows, keyframes, None
+        clips = audio if isinstance(audio, AudioClips) else read_clips(audio, audio_sampling_rate)
+        check_num_clips(clips, len(keyframes))
+        masks = None if mask is None else read_masks(mask, clips)
+        check_front_end(sampling_rate, self.hop_length, self.num_mel_bins)
+        input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
+        check_input_audio(input_audio, stream)
+        check_strength(strength, input_audio, num_inference_steps, self.scheduler)
+        return windows, keyframes, input_audio
 
-        lengths_in_s = [len(clip) / audio_sampling_rate for clip in clips]
-        inpaints = self._inpaints(clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask)
-        inpaints = inpaints or frequency_mask_in_hz is not None
-        half_sample = 0.5 / self.vocoder.config.sampling_rate
-        goes_beyond = audio_start_in_s > half_sample or (
-            audio_start_in_s + min(lengths_in_s) < audio_length_in_s - half_sample
+    def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
+        sampling_rate = self.vocoder.config.sampling_rate
+        return WindowPlan(
+            num_samples=round(audio_length_in_s * sampling_rate),
+            num_latent_frames=self._num_latent_frames(audio_length_in_s),
+            num_frames_in_window=self._num_latent_frames(window_length_in_s or self.config.default_audio_length_in_s),
+            num_windows_at_once=window_batch_size,
+            order=window_order,
+            frames_per_s=sampling_rate / (self.hop_length * self.vae_scale_factor),
         )
-        if frequency_mask_in_hz is not None and goes_beyond:
-            raise ValueError(
-                "`frequency_mask_in_hz` needs a band to keep, but `audio` does not fill the whole result."
-            )
-        if strength is None:
-            return
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` has to be above 0 and up to 1, not {strength}.")
-        if strength == 1:
-            return
-        if inpaints and goes_beyond:
-            raise ValueError("`strength` has to be 1 where there is no `audio` to start from: before and after it.")
-        if int(num_inference_steps * strength) == 0:
-            raise ValueError(f"`strength` {strength} leaves none of the {num_inference_steps} steps.")
-        if isinstance(self.scheduler, LMSDiscreteScheduler):
-            # its `step` takes coefficients for outputs that it has not seen (diffusers 0.42)
-            raise ValueError("`strength` has to be 1 with LMSDiscreteScheduler, which cannot start midway.")
-        if isinstance(self.scheduler, PNDMScheduler) and not self.scheduler.config.skip_prk_steps:
-            raise ValueError(
-                "`strength` has to be 1 for PNDM with its Runge-Kutta warm-up, which cannot start midway. Set the "
-                "scheduler's `skip_prk_steps`."
-            )
-
-    def _inpaints(self, clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask):
-        """Whether some of the result is `audio` and some is made, in time."""
-        ends_in_s = audio_start_in_s + max(map(len, clips)) / audio_sampling_rate
-        half_sample = 0.5 / self.vocoder.config.sampling_rate
-        return mask is not None or audio_start_in_s > half_sample or ends_in_s < audio_length_in_s - half_sample
-
-    def _num_windows(self, audio_length_in_s, window_length_in_s):
-        num_frames_in_window = self._num_latent_frames(window_length_in_s or self.config.default_audio_length_in_s)
-        return len(window_starts(self._num_latent_frames(audio_length_in_s), num_frames_in_window))
 
     def _num_latent_frames(self, audio_length_in_s):
-        """Latent frames that hold `audio_length_in_s`, rounded up to what the UNet can halve and double again."""
+        """Latent frames that hold `audio_length_in_s`, rounded up to a multiple of the UNet's scale factor."""
         num_samples = round(audio_length_in_s * self.vocoder.config.sampling_rate)
         num_blocks = math.ceil(num_samples / (self.hop_length * self.vae_scale_factor * self.unet_scale_factor))
         return num_blocks * self.unet_scale_factor
@@ -1657,16 +551,17 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     ):
         """Generate sound from text, or from text and sound.
 
-        With `audio` alone the result is a variation of it, as near as `strength` says. With a `mask`, or with
-        `audio_length_in_s` beyond the audio's end, only that part is made; the rest is the audio, sample for sample.
-        With `frequency_mask_in_hz` only that band is made.
+        With `audio` alone the result is a variation of it, as in image-to-image. With a `mask`, or with
+        `audio_length_in_s` beyond the end of the audio, only that part is generated; the rest is the audio, sample for
+        sample. With `frequency_mask_in_hz` only that band is generated.
 
-        Sound longer than a window, the length that the checkpoint was trained on, is made of overlapping windows.
+        Sound longer than a window, the length that the checkpoint was trained on, is generated in overlapping windows.
 
         Args:
             prompt (`str`, `list[str]`, `list[tuple[float, str]]` or a list of such lists, *optional*):
-                What to hear. Either this or `prompt_embeds` has to be given. `[(0, "rain"), (60, "thunder")]`
-                moves: each window is guided by a mixture of the predictions for the texts before and after its middle.
+                Description of the sound. Either this or `prompt_embeds` has to be given. `[(0, "rain"), (60,
+                "thunder")]` is a prompt that moves: the predictions for the texts before and after the middle of a
+                window are interpolated.
             audio_length_in_s (`float`, *optional*):
                 Length of the sound in seconds, any positive number. Defaults to the length of `latents` or to the end
                 of the longest `audio` if those are given, else to the checkpoint's own
@@ -1679,23 +574,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 which halves the work. Defaults to the checkpoint's own (`pipe.config.default_guidance_scale`), 3 for
                 Tango.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
-                From 0 to 1: how far to pull the guided prediction back to the spread of the unguided one (equation 16
-                of https://huggingface.co/papers/2305.08891), against over-exposure at high guidance.
+                From 0 to 1: how far to rescale the guided prediction to the standard deviation of the conditional one
+                (equation 16 of https://huggingface.co/papers/2305.08891), against over-exposure at high guidance.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What not to hear. One string serves all prompts. Has no effect without guidance.
+                Description of what the sound is guided away from. One string serves all prompts. Has no effect without
+                guidance.
             num_waveforms_per_prompt (`int`, *optional*, defaults to 1):
-                Number of takes of each prompt; a prompt's takes are next to each other in the output.
+                Number of waveforms for each prompt; those of a prompt are next to each other in the output.
             eta (`float`, *optional*):
-                DDIM's share of fresh noise (https://huggingface.co/papers/2010.02502), and TCD's gamma. Defaults to
-                the scheduler's own; other schedulers ignore it.
+                The eta of DDIM (https://huggingface.co/papers/2010.02502), and the gamma of TCD. Defaults to the
+                scheduler's own; other schedulers ignore it.
             timesteps (`list[int]`, *optional*):
                 Timesteps to use, descending, instead of `num_inference_steps` evenly spaced ones, with schedulers that
                 support it.
             sigmas (`list[float]`, *optional*):
                 Noise levels to use instead, descending, with schedulers that support it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the result reproducible. With a list, one per waveform, a sound does not depend on the batch that
-                it is made in.
+                Makes the result reproducible. With a list, one for each waveform, a waveform does not depend on the
+                batch that it is generated in.
             latents (`torch.Tensor`, *optional*):
                 Noise of unit variance to start from, of shape `(batch, channels, latent frames, latent mel bins)`.
             prompt_embeds (`torch.Tensor`, *optional*):
@@ -1721,44 +617,44 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             audio (`np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 Floating-point sound in [-1, 1] to start from, of shape `(samples,)`, `(batch, samples)` or `(batch,
                 channels, samples)`, or a list of `(samples,)` or `(channels, samples)` of any lengths. One for all
-                prompts or one for each. Channels are averaged, the rate becomes the pipeline's. The level is the
-                audio's again in the result.
+                prompts or one for each. Channels are averaged, and the sound is resampled to the rate of the pipeline.
+                The result has the level of the audio.
             audio_sampling_rate (`int`, *optional*):
-                Rate of `audio`, which needs it.
+                Sampling rate of `audio`, to be given with it.
             strength (`float`, *optional*):
-                From above 0 to 1: which share of the steps is taken, and so how far what is made may go from the
-                audio. At 1 nothing of it is left. Defaults to 1 where a mask says what to keep, else to 0.5.
+                Fraction of the schedule that is run from the noised audio, above 0 and up to 1, as in image-to-image.
+                At 1 the audio has no influence where it is regenerated. Defaults to 1 for inpainting, else to 0.5.
             mask (`list`, `np.ndarray` or `torch.Tensor`, *optional*):
-                Which part of `audio` to make anew: regions `[(start, end), ...]` in seconds of the audio, for all
-                clips; a list of such lists, one for each clip; or an array, of 1 where to make and 0 where to keep,
-                for each sample of `audio`. What is kept is the audio sample for sample, but for 20 ms beside the mask
-                where the two are cross-faded.
+                Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
+                audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
+                and 0 where to keep, for each sample of `audio`. The rest of the audio is kept sample for sample,
+                except for a crossfade of 20 ms beside each region.
             frequency_mask_in_hz (`tuple[float, float]`, *optional*):
-                Which band of `audio` to make anew, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
+                Band of `audio` to regenerate, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
             audio_start_in_s (`float`, *optional*, defaults to 0.0):
-                Where in the result `audio` begins. What comes before is made.
+                Where in the result `audio` begins. What comes before is generated.
             window_length_in_s (`float`, *optional*):
-                Longest sound that is denoised and decoded in one piece. Defaults to what the checkpoint was trained
-                on. Memory follows this, not the length of the sound.
+                Longest sound that is denoised and decoded in one piece. Defaults to the length that the checkpoint was
+                trained on. Memory grows with this, hardly with the length of the sound.
             window_batch_size (`int`, *optional*, defaults to 1):
-                Number of windows that the UNet gets at once. More are faster on a GPU and take more memory.
+                Number of windows that the UNet gets in one batch. More are faster on a GPU and take more memory.
             window_order (`str`, *optional*, defaults to `"joint"`):
-                `"joint"` takes each step in all windows, averaged where they overlap; `"sequential"` finishes one
-                window after the other, each going on from the last quarter or more of the one before.
+                `"joint"` takes each step in all windows, averaged where they overlap; `"sequential"` denoises one
+                window after the other, each continuing the last quarter or more of the one before.
             stream (`bool`, *optional*, defaults to `False`):
-                Whether to return an iterator of stretches of sound, `(batch, some samples)` each, which joined are
-                the whole. With `window_order="sequential"` each comes as soon as its window is done. A call that is
-                streaming has to be exhausted before the next.
+                Whether to return an iterator of chunks of sound, `(batch, some samples)` each, whose concatenation is
+                the whole. With `window_order="sequential"` each comes as soon as its window is denoised. An iterator
+                has to be exhausted before the next call.
             guidance_interval (`tuple[float, float]`, *optional*):
-                Which part of the steps that are taken is guided: step k of n, counted from 0, if `start <= k / n <
-                stop`. The others cost half. Has no effect without guidance, nor on UNets that were distilled with it.
-                Defaults to the checkpoint's own (`pipe.config.default_guidance_interval`), all of them for Tango.
-                (https://huggingface.co/papers/2404.07724)
+                Part of the steps that is guided (https://huggingface.co/papers/2404.07724): of n steps that are taken,
+                step k, counted from 0, if `start <= k / n < stop`. The others cost half. Has no effect without
+                guidance, nor on UNets that were distilled with it. Defaults to the checkpoint's own
+                (`pipe.config.default_guidance_interval`), all steps for Tango.
 
         Returns:
             [`~pipelines.AudioPipelineOutput`] or `tuple`: `audios` of shape `(batch, num_samples)`, float32 in
             [-1, 1], exactly `round(audio_length_in_s * sampling_rate)` samples (the original returns 32 more, as
-            int16 that wraps round at full scale); for `"latent"`, latents of the shape described above. With `stream`
+            int16 that overflows at full scale); for `"latent"`, latents of the shape described above. With `stream`
             an iterator of such arrays or tensors.
 
         Raises:
@@ -1773,100 +669,57 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             >>> audio = pipe("rain and thunder", generator=torch.Generator().manual_seed(0)).audios[0]
             >>> wavfile.write("rain.wav", pipe.vocoder.config.sampling_rate, audio)
         """
-        # 0. Callback objects bring their own tensor list
+        # 1. Defaults and inputs
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 1. Defaults, length and inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval
-        clips = None if audio is None else read_clips(audio, audio_sampling_rate)
+        if audio is not None:
+            audio = read_clips(audio, audio_sampling_rate)
         if audio_length_in_s is None:
-            audio_length_in_s = self.config.default_audio_length_in_s
-            if isinstance(latents, torch.Tensor) and latents.ndim == 4 and self.vocoder is not None:
-                num_frames = latents.shape[2] * self.vae_scale_factor
-                audio_length_in_s = num_frames * self.hop_length / self.vocoder.config.sampling_rate
-            elif clips is not None and isinstance(audio_start_in_s, Real):
-                audio_length_in_s = audio_start_in_s + max(map(len, clips)) / audio_sampling_rate
-        self.check_inputs(
-            prompt,
-            audio_length_in_s,
-            num_inference_steps,
-            guidance_scale,
-            guidance_rescale,
-            negative_prompt,
-            num_waveforms_per_prompt,
-            eta,
-            timesteps,
-            sigmas,
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            attention_mask,
-            negative_attention_mask,
-            cross_attention_kwargs,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            audio,
-            audio_sampling_rate,
-            strength,
-            mask,
-            frequency_mask_in_hz,
-            audio_start_in_s,
-            window_length_in_s,
-            window_batch_size,
-            window_order,
-            stream,
+            audio_length_in_s = self._default_length_in_s(latents, audio, audio_start_in_s)
+        windows, keyframes, input_audio = self.check_inputs(
+            prompt, audio_length_in_s, num_inference_steps, guidance_scale, guidance_rescale, negative_prompt,
+            num_waveforms_per_prompt, eta, timesteps, sigmas, generator, latents, prompt_embeds,
+            negative_prompt_embeds, attention_mask, negative_attention_mask, cross_attention_kwargs, output_type,
+            callback_on_step_end, callback_on_step_end_tensor_inputs, audio, audio_sampling_rate, strength, mask,
+            frequency_mask_in_hz, audio_start_in_s, window_length_in_s, window_batch_size, window_order, stream,
             guidance_interval,
-        )
-        sampling_rate = self.vocoder.config.sampling_rate
-        num_samples = round(audio_length_in_s * sampling_rate)
-        num_latent_frames = self._num_latent_frames(audio_length_in_s)
-        num_frames_in_window = self._num_latent_frames(window_length_in_s or self.config.default_audio_length_in_s)
-        starts = window_starts(num_latent_frames, num_frames_in_window)
-        spans = [(0, num_latent_frames)]  # what is denoised at a time, in latent frames
-        if window_order == "sequential" and len(starts) > 1:
-            spans = [(start, start + num_frames_in_window) for start in starts]
+        )  # fmt: skip
+        num_waveforms = len(keyframes) * num_waveforms_per_prompt
 
         # 2. Call state
         self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._guidance_interval = guidance_interval
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
         device = self._execution_device
 
         # 3. Audio on the time line of the result
         placed = None
-        if clips is not None:
-            inpaints = self._inpaints(clips, audio_sampling_rate, audio_length_in_s, audio_start_in_s, mask)
-            if strength is None:
-                strength = 1.0 if inpaints or frequency_mask_in_hz is not None else 0.5
-            if inpaints or frequency_mask_in_hz is not None or strength < 1:
-                masks = [np.zeros(len(clip), bool) for clip in clips]
-                if mask is not None:
-                    masks = read_masks(mask, clips, audio_sampling_rate)
-                placed = place_audio(
-                    clips, masks, audio_sampling_rate, sampling_rate, num_samples, audio_start_in_s, inpaints, strength
-                )
+        if input_audio is not None and input_audio.is_used:
+            placed = place_audio(input_audio, windows.num_samples)
+            check_placed_audio(placed, input_audio.strength)
 
-        # 4. Timesteps, before any model runs since the scheduler has conditions of its own
-        set_timesteps = functools.partial(
-            self._set_timesteps,
+        # 4. Schedule, before any model runs since the scheduler has conditions of its own
+        schedule = Schedule(
+            self.scheduler,
             num_inference_steps,
             timesteps,
             sigmas,
-            strength=1.0 if strength is None else strength,
-            adds_noise=placed is not None or len(spans) > 1,
+            strength=1.0 if input_audio is None else input_audio.strength,
+            adds_noise=placed is not None or len(windows.spans) > 1,
+            step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
         )
-        self._num_timesteps = len(set_timesteps()[0])
+        check_schedule(schedule)
+        self._num_timesteps = len(schedule.timesteps)
 
-        # 5. Encode text
-        keyframes = [[(0.0, None)]] * len(prompt_embeds) if prompt is None else read_prompts(prompt)
+        # 5. Text
         if prompt is not None:
             prompt = [text for each in keyframes for _, text in each]
         if isinstance(negative_prompt, list):
@@ -1885,211 +738,131 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 * texts, tokens, hidden)
             attention_mask = torch.cat([negative_attention_mask, attention_mask])  # (2 * texts, tokens)
+        text = TextTrack(prompt_embeds, attention_mask, keyframes, num_waveforms_per_prompt)
 
-        # 6. Latents: noise, those of the audio, and which of them to make
-        num_waveforms = len(keyframes) * num_waveforms_per_prompt
-        latents = self.prepare_latents(num_waveforms, num_latent_frames, device, generator, latents)
-        audio_latents = latent_mask = None
-        if placed is not None:
-            num_copies = num_waveforms // len(clips)
-            audio_latents = self._encode_audio(
-                placed, num_latent_frames, num_frames_in_window, num_copies, device, generator
-            )
-            if inpaints or frequency_mask_in_hz is not None:
-                latent_mask = self._latent_mask(placed.is_made, num_latent_frames, frequency_mask_in_hz, device)
-                latent_mask = latent_mask.repeat_interleave(num_waveforms // len(latent_mask), dim=0)
+        # 6. Latents, and those that are known
+        latents = self.prepare_latents(num_waveforms, windows.num_latent_frames, device, generator, latents)
+        known = self._prepare_known_latents(latents, placed, windows, generator)
 
-        # 7. Denoise and decode: two iterators, where nothing runs before the result is asked for
-        denoised = self._denoise(
-            latents,
-            audio_latents,
-            latent_mask,
-            spans,
-            set_timesteps,
-            strength is not None and strength < 1,
-            prompt_embeds,
-            attention_mask,
-            keyframes,
-            num_waveforms_per_prompt,
-            num_frames_in_window,
-            window_batch_size,
-            guidance_rescale,
-            guidance_interval,
-            self.prepare_extra_step_kwargs(generator, eta),
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        stretches = self._decode(denoised, num_frames_in_window, num_samples, generator)
+        # 7. Denoise and decode: two iterators, which run when the result is asked for
+        callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        denoised = self._denoise(latents, known, text, windows, schedule, callback)
+        chunks = self._decode(denoised, windows, generator)
         if stream:
-            return self._stream(stretches, output_type)
+            return self._stream(chunks, output_type)
         if output_type == "latent":
-            for audio, _ in denoised:
+            for result, _ in denoised:
                 pass
         else:
-            audio, num_done = torch.empty(num_waveforms, num_samples, device=latents.device), 0
-            for stretch in stretches:
-                audio[:, num_done : num_done + stretch.shape[1]] = stretch
-                num_done += stretch.shape[1]
+            result, num_done = torch.empty(num_waveforms, windows.num_samples, device=latents.device), 0
+            for chunk in chunks:
+                result[:, num_done : num_done + chunk.shape[1]] = chunk
+                num_done += chunk.shape[1]
             if placed is not None:
-                audio = self._join_with_audio(audio, placed, num_copies, frequency_mask_in_hz)
+                result = composite(result, placed, num_waveforms // len(placed.waveform))
         self.maybe_free_model_hooks()
 
         # 8. Result
-        peaks = self._finite_peaks(audio)
+        peaks = self._finite_peaks(result)
         if output_type != "latent" and (peaks < 1e-3).any():
             silent = [i for i, peak in enumerate(peaks.tolist()) if peak < 1e-3]
             logger.warning(f"Waveform(s) {silent} are silent: no sample reaches 0.001 (-60 dB).")
         if output_type == "np":
-            audio = audio.cpu().numpy()
+            result = result.cpu().numpy()
 
         if not return_dict:
-            return (audio,)
-        return AudioPipelineOutput(audios=audio)
+            return (result,)
+        return AudioPipelineOutput(audios=result)
 
-    def _set_timesteps(self, num_inference_steps, timesteps, sigmas, strength, adds_noise):
-        """Set up the scheduler, which forgets what it remembered of an earlier run. It works on the CPU, where its
-        tables are: looking up a timestep of a GPU in them would wait for that at every step.
+    def _default_length_in_s(self, latents, clips, audio_start_in_s):
+        """The length of given latents, or the end of the longest clip, or the checkpoint's own."""
+        if isinstance(latents, torch.Tensor) and latents.ndim == 4 and self.vocoder is not None:
+            num_frames = latents.shape[2] * self.vae_scale_factor
+            return num_frames * self.hop_length / self.vocoder.config.sampling_rate
+        if clips is not None and isinstance(audio_start_in_s, Real):
+            return audio_start_in_s + max(clips.lengths_in_s)
+        return self.config.default_audio_length_in_s
 
-        Returns:
-            The timesteps to take, after leaving out the share that `strength` says, and the number of steps.
-        """
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device="cpu")
-        elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device="cpu")
+    def _prepare_known_latents(self, latents, placed, windows, generator):
+        """[`KnownLatents`] of a [`PlacedAudio`], or of windows that go on from the one before. `None` for neither."""
+        is_sequential = len(windows.spans) > 1
+        if placed is not None:
+            num_copies = len(latents) // len(placed.waveform)
+            known_latents = self._encode_audio(placed, windows, num_copies, latents.device, generator)
+        elif is_sequential:
+            known_latents = torch.zeros_like(latents)
         else:
-            self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        order = self.scheduler.order
-        if timesteps is not None or sigmas is not None:
-            num_inference_steps = math.ceil(len(self.scheduler.timesteps) / order)
-        timesteps = self.scheduler.timesteps
-        if timesteps.max() > self.scheduler.config.num_train_timesteps - 1:
-            # for example 1000 steps with "leading" spacing and an offset of 1, where the original fails midway
-            raise ValueError(
-                f"`num_inference_steps` of {num_inference_steps} makes {type(self.scheduler).__name__} start at "
-                f"timestep {float(timesteps.max()):g}, beyond the last one of training, "
-                f"{self.scheduler.config.num_train_timesteps - 1}. Use fewer steps."
-            )
-        num_skipped = num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
-        if num_skipped == num_inference_steps:
-            raise ValueError(f"`strength` {strength} leaves none of the {num_inference_steps} steps.")
-        if num_skipped > 0 and isinstance(self.scheduler, PNDMScheduler):
-            # its second step is taken twice: that belongs to the start of a run, not to a timestep
-            timesteps = timesteps.unique().flip(0)[num_skipped:]
-            timesteps = torch.cat([timesteps[:2], timesteps[1:]])
-        else:
-            timesteps = timesteps[num_skipped * order :]
-        if adds_noise and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(num_skipped * order)  # `add_noise` follows the steps from here on
-        return timesteps, num_inference_steps - num_skipped
+            return None
+        mask = None
+        if placed is not None and (placed.mask is not None or placed.frequency_mask_in_hz is not None):
+            mask = placed.latent_mask(*latents.shape[2:], self.vae_scale_factor, latents.device)
+            mask = mask.repeat_interleave(len(latents) // len(mask), dim=0)
+        elif is_sequential:
+            mask = torch.ones_like(latents[:, :1])
+        return KnownLatents(self.scheduler, known_latents, latents / self.scheduler.init_noise_sigma, mask)
 
     @torch.no_grad()
-    def _denoise(
-        self,
-        latents,
-        audio_latents,
-        latent_mask,
-        spans,
-        set_timesteps,
-        starts_from_audio,
-        prompt_embeds,
-        attention_mask,
-        keyframes,
-        num_waveforms_per_prompt,
-        num_frames_in_window,
-        window_batch_size,
-        guidance_rescale,
-        guidance_interval,
-        extra_step_kwargs,
-        callback_on_step_end,
-        callback_on_step_end_tensor_inputs,
-    ):
-        """The denoising loop, once for each of `spans`, which all but the first begin with the end of the one before.
+    def _denoise(self, latents, known, text, windows, schedule, callback):
+        """The denoising loop, once for each span of a [`WindowPlan`].
 
-        Where `latent_mask` is 0, and where a span is known from the one before, latents are replaced after each step
-        by the known ones with the noise of the next step (as in RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
+        Args:
+            latents (`torch.Tensor`): noise. Several spans are denoised in place.
+            known ([`KnownLatents`] or `None`): what a schedule that `strength` shortens starts from. The end of a
+                span, with which the next one begins, becomes known.
+            text ([`TextTrack`])
+            windows ([`WindowPlan`])
+            schedule ([`Schedule`])
+            callback ([`StepCallback`])
 
         Yields:
             All latents, and how many frames of them are finished.
         """
-        all_latents, noise = latents, latents / self.scheduler.init_noise_sigma
-        known, is_made = audio_latents, latent_mask
-        if len(spans) > 1:
-            known = torch.zeros_like(latents) if known is None else known.clone()
-            is_made = torch.ones_like(latents[:, :1]) if is_made is None else is_made.clone()
-        num_texts = sum(map(len, keyframes)) * num_waveforms_per_prompt
-        frames_per_s = self.vocoder.config.sampling_rate / (self.hop_length * self.vae_scale_factor)
-
+        all_latents, spans = latents, windows.spans
         for begin, end in spans:
-            timesteps, num_inference_steps = set_timesteps()
+            schedule.restart()
+            timesteps = schedule.timesteps
             unet_timesteps = timesteps.float().to(latents.device)  # exact, and some devices have no float64
-            num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
             frames = slice(begin, end)
             latents = all_latents[:, :, frames]
-            if starts_from_audio:
-                latents = self.scheduler.add_noise(audio_latents[:, :, frames], noise[:, :, frames], timesteps[:1])
-            if is_made is not None:
-                noisy = self.scheduler.add_noise(known[:, :, frames], noise[:, :, frames], timesteps[:1])
-                latents = torch.where(is_made[:, :, frames] > 0, latents, noisy)
+            if schedule.strength < 1:
+                latents = known.noised(frames, timesteps[:1])
+            if known is not None:
+                latents = known.restore(latents, frames, timesteps[:1])
 
-            texts = {}  # of windows, by the first frame and whether they are guided
+            text.selected.clear()
             deep_cache = self.deep_cache
             if deep_cache is not None:
                 deep_cache.reset()
-            with self.progress_bar(total=num_inference_steps) as progress_bar:
+            with self.progress_bar(total=schedule.num_steps) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
                         continue
 
-                    progress = step_of_evaluation(i, self.scheduler) / num_inference_steps
-                    is_in_interval = guidance_interval[0] <= progress < guidance_interval[1]
-                    is_guided = self.do_classifier_free_guidance and is_in_interval
+                    start, stop = self._guidance_interval
+                    is_guided = self.do_classifier_free_guidance and start <= schedule.progress(i) < stop
+                    check_rows_of_callback(text, is_guided)
                     if deep_cache is not None:
                         deep_cache.advance(is_guided)
-                    num_rows = num_texts * 2 if is_guided else num_texts
-                    if min(prompt_embeds.shape[0], attention_mask.shape[0]) < num_rows:
-                        raise ValueError(
-                            f"`callback_on_step_end` left {prompt_embeds.shape[0]} rows of `prompt_embeds` and "
-                            f"{attention_mask.shape[0]} of `attention_mask`, but {num_rows} are needed."
-                        )
 
-                    def predict(windows, starts):
-                        key = starts[0], is_guided
-                        if key not in texts:
-                            middles = [(begin + start + windows.shape[2] / 2) / frames_per_s for start in starts]
-                            texts[key] = self._window_texts(
-                                prompt_embeds, attention_mask, middles, keyframes, num_waveforms_per_prompt, is_guided
-                            )
+                    def predict(inputs, starts):
+                        middles_in_s = [(begin + s + inputs.shape[2] / 2) / windows.frames_per_s for s in starts]
+                        selected = text.select(middles_in_s, is_guided)
                         context = contextlib.nullcontext()
                         if deep_cache is not None:
-                            context = deep_cache.window(starts[0], len(texts[key][0]))
+                            context = deep_cache.window(starts[0], len(selected[0]))
                         with context:
-                            return self._guided_prediction(
-                                windows, unet_timesteps[i], *texts[key], is_guided, guidance_rescale
-                            )
+                            return self._guided_prediction(inputs, unet_timesteps[i], *selected, is_guided)
 
                     latent_model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                    model_pred = blend_windows(predict, latent_model_input, num_frames_in_window, window_batch_size)
-                    latents = self.scheduler.step(model_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-                    latents = latents.float()  # some schedulers return float64
-                    if is_made is not None:
-                        noisy = known[:, :, frames]
-                        if i + 1 < len(timesteps):
-                            noisy = self.scheduler.add_noise(noisy, noise[:, :, frames], timesteps[i + 1 : i + 2])
-                        latents = torch.where(is_made[:, :, frames] > 0, latents, noisy)
+                    model_pred = blend_windows(
+                        predict, latent_model_input, windows.num_frames_in_window, windows.num_windows_at_once
+                    )
+                    latents = schedule.step(model_pred, t, latents)
+                    if known is not None:
+                        latents = known.restore(latents, frames, timesteps[i + 1 : i + 2])
+                    latents = callback(self, i, t, latents, text)
 
-                    if callback_on_step_end is not None:
-                        callback_kwargs = {}
-                        for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = locals()[name]
-                        callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                        if not {"prompt_embeds", "attention_mask"}.isdisjoint({*callback_kwargs, *callback_outputs}):
-                            texts.clear()
-                        latents = callback_outputs.pop("latents", latents)
-                        prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                        attention_mask = callback_outputs.pop("attention_mask", attention_mask)
-
-                    if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    if schedule.ends_step(i):
                         progress_bar.update()
                     if is_torch_xla_available():
                         xm.mark_step()
@@ -2097,32 +870,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             if len(spans) == 1:
                 all_latents = latents
             else:
-                for each in (all_latents, known):
-                    each[:, :, frames] = latents
-                is_made[:, :, frames] = 0
+                all_latents[:, :, frames] = latents
+                known.keep(latents, frames)
             yield all_latents, end
-
-    def _window_texts(
-        self, prompt_embeds, attention_mask, middles_in_s, keyframes, num_waveforms_per_prompt, is_guided
-    ):
-        """Text that guides windows around `middles_in_s`: negative rows if `is_guided`, those of the prompt, and those
-        of what it moves to, if any does.
-
-        Returns:
-            Embeddings and their mask, of as many rows, and the share of what the prompt moves to, of shape
-            `(windows * batch, 1, 1, 1)`, `None` if none moves.
-        """
-        texts = [texts_at(each, keyframes, num_waveforms_per_prompt) for each in middles_in_s]
-        rows, next_rows, shares = (torch.cat(each) for each in zip(*texts))  # (windows * batch,)
-        # counted from the end, since a callback that turns guidance off may leave the negative rows in place
-        num_texts = sum(map(len, keyframes)) * num_waveforms_per_prompt
-        parts = [rows - 2 * num_texts, rows - num_texts] if is_guided else [rows - num_texts]
-        is_moving = (shares > 0).any()
-        if is_moving:
-            parts.append(next_rows - num_texts)
-        rows = torch.cat(parts).to(prompt_embeds.device)
-        shares = shares[:, None, None, None].to(prompt_embeds.device) if is_moving else None
-        return prompt_embeds[rows], attention_mask[rows], shares
 
     def _guided_prediction(
         self,
@@ -2130,12 +880,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         t,
         encoder_hidden_states,
         encoder_attention_mask,
-        shares,
+        text_weights,
         is_guided,
-        guidance_rescale,
     ):
-        """The UNet's prediction, under classifier-free guidance if `is_guided`, in one batch. The texts are those of
-        `_window_texts`."""
+        """The UNet's prediction, under classifier-free guidance if `is_guided`, in one batch. The text is that of
+        [`TextTrack.select`]."""
         num_parts = len(encoder_hidden_states) // len(latent_model_input)
         latent_model_input = torch.cat([latent_model_input] * num_parts)
         timestep_cond = None
@@ -2158,37 +907,36 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         )[0].float()
 
         *model_preds, model_pred = model_preds.chunk(num_parts)
-        if shares is not None:
-            model_pred = torch.lerp(model_preds.pop(), model_pred, shares)
+        if text_weights is not None:
+            model_pred = torch.lerp(model_preds.pop(), model_pred, text_weights)
         if is_guided:
             model_pred_uncond, model_pred_text = model_preds[0], model_pred
             model_pred = model_pred_uncond + self.guidance_scale * (model_pred_text - model_pred_uncond)
-            if guidance_rescale > 0:
+            if self._guidance_rescale > 0:
                 # equations (15) and (16) of https://huggingface.co/papers/2305.08891
                 ratio = model_pred_text.std((1, 2, 3), keepdim=True) / model_pred.std((1, 2, 3), keepdim=True)
-                model_pred = model_pred * (guidance_rescale * ratio + 1 - guidance_rescale)
+                model_pred = model_pred * (self._guidance_rescale * ratio + 1 - self._guidance_rescale)
         return model_pred
 
     @torch.no_grad()
-    def _decode(self, denoised, num_frames_in_window, num_samples, generator=None):
-        """Waveform of the latents in `denoised`, in stretches, each as soon as nothing that is still to come has a
-        part in it. Mel spectrograms of overlapping windows are blended; the vocoder, which is a convolution, sees as
-        much on both sides of a stretch as it would in the whole.
+    def _decode(self, denoised, windows, generator=None):
+        """Waveform of the latents that `denoised` yields, in chunks, each as soon as all windows that overlap it are
+        finished. Mel spectrograms of overlapping windows are blended. The vocoder, which is a convolution, gets its
+        receptive field on both sides of a chunk, so that chunks are the same as parts of the whole.
 
         Yields:
-            `torch.Tensor` of shape `(batch, some samples)`, `num_samples` in all.
+            `torch.Tensor` of shape `(batch, some samples)`, `windows.num_samples` in all.
         """
-        context = self._vocoder_context()
+        context, starts, num_samples = self._vocoder_context(), windows.starts, windows.num_samples
         num_windows_done = num_frames_done = 0
         for latents, num_finished in denoised:
-            starts = window_starts(latents.shape[2], num_frames_in_window)
             if num_windows_done == 0:
-                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, self._num_mel_bins)
+                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, self.num_mel_bins)
                 total, total_weights = latents.new_zeros(shape), latents.new_zeros(shape[2], 1)
                 shape = (*shape[:3], self.config.num_noise_channels)
                 noise = randn_tensor(shape, generator=generator, device=latents.device)
             for start in starts[num_windows_done:]:
-                window = latents[:, :, start : start + num_frames_in_window]
+                window = latents[:, :, start : start + windows.num_frames_in_window]
                 if start + window.shape[2] > num_finished:
                     break
                 mel_spectrogram = self.vae.decode(
@@ -2215,7 +963,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                     num_frames_done = end
 
     def _vocoder_context(self):
-        """Mel frames on either side that a sample depends on: half the kernels, each at its layer's rate."""
+        """Half the receptive field in mel frames: half of each kernel, at the rate of its layer."""
         config = self.vocoder.config
         context, rate = 3.0, 1  # the first convolution has a kernel of 7
         for upsample_rate, upsample_kernel_size in zip(config.upsample_rates, config.upsample_kernel_sizes):
@@ -2228,20 +976,20 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 )
                 / rate
             )
-        # half a window to the frames that a correction changes, half a one to the samples that they are measured by
+        # a correction changes frames that are half a window away, measured from samples half a window further
         context += self.config.num_mel_corrections * MEL_FFT_LENGTH / MEL_HOP_LENGTH
         return math.ceil(context + 3 / rate) + 1  # the last convolution has a kernel of 7
 
-    def _stream(self, stretches, output_type):
+    def _stream(self, chunks, output_type):
         try:
-            for stretch in stretches:
-                self._finite_peaks(stretch)
-                yield stretch.cpu().numpy() if output_type == "np" else stretch
+            for chunk in chunks:
+                self._finite_peaks(chunk)
+                yield chunk.cpu().numpy() if output_type == "np" else chunk
         finally:
             self.maybe_free_model_hooks()
 
     def _finite_peaks(self, audio):
-        """Peak of each row, without a copy of what may be long. Raises `RuntimeError` for NaN and infinity."""
+        """Peak of each row, without a copy of the waveforms. Raises `RuntimeError` for NaN and infinity."""
         lowest, highest = audio.flatten(1).aminmax(dim=1)
         peaks = torch.maximum(-lowest, highest)  # (batch,), NaN where there is one
         if not torch.isfinite(peaks).all():

@@ -1,7 +1,9 @@
-"""What `--fast` sets, and the dtypes and the attention that suit a device."""
+"""Settings by name: schedulers, what `--fast` sets, and the dtypes and the attention that suit a device."""
 
-# What --fast sets; each is also a flag, which counts more. There is more guidance than usual, since it is on half of
-# the steps. The cache is for models of the released width only.
+SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")  # those of `SCHEDULERS`
+
+# What --fast sets. Each is also a flag, and explicit flags override the preset. The guidance scale is higher than
+# usual, since guidance is on in half of the steps. DeepCache is for models of the released width only.
 FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
 LARGE_WIDTH = 1280  # channels of a UNet's widest level
 

@@ -1,26 +1,78 @@
 import os
+import re
+import shutil
 import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub client is imported: no test may reach a network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts the tests in the background
 
+import math  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from evaluation_runs import write_recordings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from savedmodel import random_weights, write_yamnet  # noqa: E402
+from scipy.io import wavfile  # noqa: E402
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer  # noqa: E402
 
-from pipeline_tango import TangoPipeline  # noqa: E402
+from pipeline_tango import SCHEDULERS, TangoPipeline  # noqa: E402
 
 
 # models this small only lose by sharing work between threads; and bytes can depend on the number of threads
 torch.set_num_threads(1)
 
+
+CONTRACT = {  # what .ci/contract runs with other versions of the libraries
+    "test_checks",
+    "test_convert_tango",
+    "test_input_audio",
+    "test_lora",
+    "test_main",
+    "test_original",
+    "test_pipeline_tango",
+    "test_publish",
+    "test_schedule",
+    "test_single_file",
+    "test_to_original",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in CONTRACT:
+            item.add_marker("contract")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--allowed_skips", metavar="REGEX", help="fail if a test is skipped for any other reason")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    allowed = session.config.getoption("allowed_skips")
+    if allowed is None or hasattr(session.config, "workerinput"):
+        return
+    skips = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    refused = [skip for skip in skips if not re.search(allowed, str(skip.longrepr))]
+    for skip in refused:
+        print(f"\nskipped, which is not allowed here: {skip.nodeid}: {skip.longrepr[2]}")
+    if refused:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 GOLDENS = Path(__file__).parent / "goldens" / "tiny-a"
+RATE = 16000
+SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
+QUICK = {"num_inference_steps": 2, "guidance_scale": 1.0}
+WINDOW = 0.32  # 8 latent frames
+MOVING = [(0.0, "rain"), (0.6, "dog")]
+LONG = {"audio_length_in_s": 0.6, "window_length_in_s": 0.32}  # 3 windows
 
 
 def golden(name):
@@ -33,6 +85,12 @@ def golden(name):
 def original_checkpoint():
     """A small checkpoint folder in the original's released layout."""
     return GOLDENS / "original"
+
+
+@pytest.fixture
+def source(original_checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(original_checkpoint, tmp_path / "source"))
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +181,51 @@ def build_components():
     }
 
 
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def noise(num_samples, seed=0, level=0.1):
+    return level * np.random.default_rng(seed).standard_normal(num_samples).clip(-4, 4)
+
+
+def level_db(signal):
+    return 10 * math.log10(np.mean(np.asarray(signal, np.float64) ** 2))
+
+
+def largest_difference(a, b):
+    return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
+
+
+def read_wav(name, num_samples=None):
+    _, samples = wavfile.read(GOLDENS / "golden" / "wav" / name)
+    return torch.from_numpy(samples[:num_samples].astype(np.float32) / 32768)
+
+
+def latents_of(pipe, prompt="rain", num_inference_steps=4, **options):
+    options = {"audio_length_in_s": 0.3} | options
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=options.pop("guidance_scale", 3.0),
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).audios
+
+
+def count_rows(module):
+    """A list that gets the number of rows of each call of `module`."""
+    rows = []
+    module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    return rows
+
+
+def set_scheduler(pipe, name, **config):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **config)
+
+
 @pytest.fixture
 def fresh_accelerate():
     """For tests that call a training script: neither accelerate's state nor a signal handler outlives them."""
@@ -151,3 +254,66 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tango"
     TangoPipeline(**build_components()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_folder(tmp_path_factory):
+    """As `tiny_folder`, with clips of 0.32 s. Shared by the session: never write into it."""
+    folder = tmp_path_factory.mktemp("short") / "tango"
+    TangoPipeline(**build_components(), default_audio_length_in_s=0.32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def yamnet_folder(tmp_path_factory):
+    """YAMNet with random weights. Shared by the session: never write into it."""
+    return write_yamnet(tmp_path_factory.mktemp("yamnet") / "yamnet_base", random_weights())
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    """Manifest of `write_recordings`. Shared by the session: never write beside it."""
+    return write_recordings(tmp_path_factory.mktemp("recordings"))
+
+
+@pytest.fixture
+def measure(yamnet_folder, recordings, tmp_path):
+    """Run `training.evaluate` with the flags that all runs have in common."""
+    from training.evaluate import main
+
+    def run(*flags, output="out", status=0, references=recordings):
+        PartialState._reset_state()
+        flags = [*flags, f"--output_dir={tmp_path / output}", f"--yamnet_weights={yamnet_folder}"]
+        flags += [f"--references={references}"] if references else []
+        assert main([str(flag) for flag in [*flags, "--num_resamples=20", "--device=cpu"]]) == status
+        return tmp_path / output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared_pipe():
+    pipe = TangoPipeline(**build_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def guarded_pipe():
+    """A pipeline whose models must not run."""
+    pipe = TangoPipeline(**build_components())
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder):
+        model.register_forward_pre_hook(lambda *args: pytest.fail("a model ran before the inputs were checked"))
+    return pipe
+
+
+@pytest.fixture
+def call(shared_pipe):
+    """Calls the pipeline with `audio` at 16 kHz and seed 0, and returns the sounds or latents."""
+
+    def run(prompt="rain", audio=None, pipe=shared_pipe, **options):
+        if audio is not None:
+            options = {"audio": audio, "audio_sampling_rate": RATE} | options
+        return pipe(prompt, **({"generator": seeds(0)[0]} | QUICK | options)).audios
+
+    return run

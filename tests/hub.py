@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -331,3 +334,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def start(arguments, hub, home, cwd, **environment):
+    """Run Python with the stand-in as its Hub and return the finished process."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
+    environment = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "*",
+        "OMP_NUM_THREADS": "1",  # tiny models: threads would cost more than they give
+    } | environment
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -1,4 +1,4 @@
-"""The example that makes the pictures and figures of the README's "Sound in"."""
+"""The example that makes the pictures and figures of `docs/audio-input.md`."""
 
 import json
 

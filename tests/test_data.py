@@ -1,11 +1,8 @@
 import csv
 import io
-import itertools
 import json
 import math
-import multiprocessing
 import pickle
-import signal
 import time
 from pathlib import Path
 
@@ -19,12 +16,10 @@ from hypothesis import strategies as st
 from scipy.signal import correlate
 from torch.utils.data import DataLoader
 
+from training.batches import EpochSampler
 from training.data import (
     Clip,
     ClipDataset,
-    EpochSampler,
-    LatentCache,
-    cache_key,
     count_samples,
     format_report,
     inspect_clips,
@@ -414,13 +409,6 @@ def test_epochs_differ_in_order_caption_and_crop(clips):
     assert not torch.equal(last[0][2], last[1][2])
 
 
-def test_the_sampler_may_be_moved_on_and_keeps_the_order_without_shuffling():
-    sampler = EpochSampler(5, shuffle=False)
-    assert list(sampler) == [(0, index) for index in range(5)]
-    sampler.epoch, sampler.start = 2, 3
-    assert list(sampler) == [(2, 3), (2, 4)] and len(sampler) == 2
-
-
 def test_items_are_batched_by_the_stock_collate(clips):
     loader = DataLoader(clip_dataset(clips), batch_size=4, sampler=EpochSampler(len(clips), seed=5))
     batch = next(iter(loader))
@@ -475,80 +463,3 @@ def test_the_example_sounds_are_good_and_credited():
     credits = (ROOT / "examples" / "sounds" / "CREDITS.md").read_text()
     assert all(f"| {Path(clip.path).name} |" in credits for clip in clips)
     assert clip_dataset(clips, num_samples=163840)[0, 3]["waveform"].isfinite().all()
-
-
-# Cache
-
-
-def test_a_key_depends_on_content_and_settings_alone(tmp_path):
-    first, second = write(tmp_path / "a.wav", noise(99)), write(tmp_path / "b.wav", noise(99))
-    key = cache_key(first, {"rate": 16000, "start": 0})
-    assert key == cache_key(second, {"start": 0, "rate": 16000})
-    assert key == cache_key((tmp_path / "a.wav").read_bytes(), {"rate": 16000, "start": 0})
-    assert key != cache_key(first, {"rate": 16000, "start": 1})
-    write(tmp_path / "a.wav", noise(99, seed=1))
-    assert key != cache_key(first, {"rate": 16000, "start": 0})
-
-
-def test_the_cache_gives_back_what_was_put(tmp_path):
-    cache, key = LatentCache(tmp_path / "cache"), cache_key(b"x", {})
-    assert cache.get(key) is None and key not in cache
-    batch = torch.randn(4, 8, 6, requires_grad=True)
-    mean, logvar = batch[1].chunk(2)
-    tensors = {"mean": mean, "logvar": logvar.T, "mask": torch.tensor([True, False]), "half": torch.ones(2).bfloat16()}
-    cache.put(key, tensors)
-    found = LatentCache(tmp_path / "cache").get(key)
-    assert found.keys() == tensors.keys() and key in cache
-    assert all(found[name].dtype == tensors[name].dtype for name in found)
-    assert all(torch.equal(found[name], tensors[name]) for name in found)
-    cache.put(key, {"mean": torch.zeros(1)})
-    assert list(cache.get(key)) == ["mean"]
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [f"{key}.safetensors"]
-
-
-def test_a_damaged_or_foreign_file_counts_as_absent(tmp_path):
-    cache, key, other = LatentCache(tmp_path), cache_key(b"x", {}), cache_key(b"y", {})
-    cache.put(key, {"mean": torch.randn(50)})
-    data = cache.path(key).read_bytes()
-    for damaged in (b"", data[:4], data[:60], data[:-1], bytes(len(data)), b"text" * 100):
-        cache.path(key).write_bytes(damaged)
-        assert cache.get(key) is None and key not in cache
-    cache.path(other).parent.mkdir(exist_ok=True)
-    cache.path(other).write_bytes(data)
-    assert cache.get(other) is None
-    cache.put(key, {"mean": torch.ones(1)})
-    assert key in cache
-
-
-def write_for_long(folder, keys):
-    torch.set_num_threads(1)
-    end = time.monotonic() + 10  # the test kills it long before, but a test that is killed itself must leave no writer
-    for number in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()):
-        tensors = {"a": torch.full((200000,), number), "b": torch.tensor(number)}
-        LatentCache(folder).put(keys[number % len(keys)], tensors)
-
-
-def test_killed_writers_leave_nothing_half_written(tmp_path):
-    cache = LatentCache(tmp_path)
-    keys = [cache_key(b"", {"number": number}) for number in range(3)]
-
-    def complete():
-        found = [tensors for tensors in map(cache.get, keys) if tensors]
-        assert all(bool((tensors["a"] == tensors["b"]).all()) for tensors in found)
-        return len(found)
-
-    fork = multiprocessing.get_context("fork")
-    most = 0
-    for delay_in_s in (0.2, 0.05, 0.13, 0.21, 0.08, 0.11):
-        writers = [fork.Process(target=write_for_long, args=(tmp_path, keys)) for _ in range(2)]
-        for writer in writers:
-            writer.start()
-        deadline = time.monotonic() + delay_in_s
-        while time.monotonic() < deadline:
-            most = max(most, complete())
-        for writer in writers:
-            writer.kill()
-            writer.join()
-            assert writer.exitcode == -signal.SIGKILL
-        assert complete() >= most
-    assert most > 0

@@ -4,6 +4,7 @@ import ast
 import configparser
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,20 @@ MAY_IMPORT = {
     "training": {"training", "pipeline_tango"},
     "examples": {"examples", "pipeline_tango"},
 }
+INFERENCE = {  # files of pipeline_tango -> files beside them that they may import. The command and the like import all
+    "attention": set(),
+    "deep_cache": set(),
+    "lora": set(),
+    "mel": set(),
+    "prompts": set(),
+    "schedule": set(),
+    "single_file": set(),
+    "windows": set(),
+    "input_audio": {"mel"},
+    "seams": {"input_audio", "mel"},
+    "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
+}
+INFERENCE["pipeline_tango"] = set(INFERENCE)
 RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
 BEHIND_EXTRAS = {"matplotlib", "torch_xla", "soundfile"}
 
@@ -33,6 +48,32 @@ def imports(path):
     return names
 
 
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    file = ROOT.joinpath(*name.split("."))
+    return file.with_suffix(".py").exists() or (file / "__init__.py").exists()
+
+
+def project_imports(path):
+    """Names of the project's modules that the file imports, anywhere in it, by whatever form of the statement."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join(filter(None, [*package, node.module]))
+            members = [f"{module}.{alias.name}" for alias in node.names]
+            names |= {member if is_module(member) else module for member in members}
+    folder = ".".join(path.relative_to(ROOT).parent.parts)  # scripts and tests import what lies beside them
+    names |= {f"{folder}.{name}" for name in names}
+    return {name for name in names if is_module(name)}
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_every_arrow_points_down(folder):
     for path in (ROOT / folder).rglob("*.py"):
@@ -47,16 +88,34 @@ def test_the_package_needs_only_its_runtime_libraries():
         assert not strangers, f"{path} imports {strangers}"
 
 
-def test_the_pipeline_file_imports_nothing_of_ours():
-    names = imports(ROOT / "pipeline_tango" / "pipeline_tango.py")
-    assert not {name for name in names if name.split(".")[0] in OURS}
+@pytest.mark.parametrize("name", INFERENCE)
+def test_the_files_of_inference_import_only_those_below_them(name):
+    path = ROOT / "pipeline_tango" / f"{name}.py"
+    if path.exists():
+        assert project_imports(path) <= {f"pipeline_tango.{other}" for other in INFERENCE[name]}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module_name(path): project_imports(path) for folder in OURS for path in (ROOT / folder).rglob("*.py")}
+    assert "pipeline_tango.mel" in graph["pipeline_tango.pipeline_tango"]  # relative imports are seen
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' <- '.join(error.args[1])}")
 
 
 def test_leaves_import_nothing_of_ours():
-    for name in ("data", "listeners", "mixing", "metrics", "objective"):
+    for name in ("data", "evaluation/listeners", "evaluation/metrics", "mixing", "objective"):
         path = ROOT / "training" / f"{name}.py"
         if path.exists():
             assert not {name for name in imports(path) if name.split(".")[0] in OURS}
+
+
+def test_evaluation_imports_nothing_of_the_trainers():
+    paths = [*(ROOT / "training" / "evaluation").glob("*.py")]
+    paths += [ROOT / "training" / f"{name}.py" for name in ("evaluate", "listening_test", "copy_synthesis")]
+    for path in paths:
+        assert not {name for name in imports(path) if name.startswith("training.train")}, path
 
 
 def test_there_are_no_catch_all_modules():

@@ -81,7 +81,7 @@ def test_summarize_gives_means_by_system_and_counts_a_session_once(page, tmp_pat
     output = tmp_path / "marks.csv"
     assert main(["summarize", *files, f"--key={page.with_suffix('.key.json')}", f"--output={output}"]) == 0
     text = capsys.readouterr().out
-    assert "6 listeners, 3 prompts, 36 sounds marked." in text
+    assert "6 participants, 3 prompts, 36 sounds rated." in text
     own, real = (float(re.search(rf"\| {name} \| ([\d.]+) \[", text)[1]) for name in ("secret_model", "recordings"))
     assert (own, real) == (32.5, 72.5)
     # every listener puts the same 40 between the two, however they are drawn
@@ -164,7 +164,7 @@ def test_in_a_browser_a_listener_marks_every_sound_by_keyboard_and_saves(page, t
     assert content["listener"] == "Ada" and content["order"] == [id for id, _ in heard]
     assert [content["answers"][id] for id, _ in heard] == [{"ovl": 51 + n, "rel": 51} for n in range(6)]
     assert main(["summarize", str(saved), f"--key={page.with_suffix('.key.json')}"]) == 0
-    assert "1 listeners, 3 prompts, 6 sounds marked." in capsys.readouterr().out
+    assert "1 participants, 3 prompts, 6 sounds rated." in capsys.readouterr().out
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no chromium with chromedriver here")

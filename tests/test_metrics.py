@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.metrics import (
+from training.evaluation.metrics import (
     clap_score,
     class_recall,
     frechet_distance,

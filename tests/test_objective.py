@@ -17,6 +17,7 @@ from training.objective import (
     empty_prompt_rows,
     min_snr_weight,
     perturb_noise,
+    reconstruction_error,
     sample_noise,
     sample_timesteps,
     snr,
@@ -247,3 +248,13 @@ def test_perturbed_noise_is_wider_by_the_perturbation():
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         call()
+
+
+def test_pooled_errors_are_of_means_over_frames():
+    there_and_back = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0]).view(1, 1, 5, 1)
+    assert float(reconstruction_error(there_and_back, [1])) == pytest.approx(7 / 5)
+    assert float(reconstruction_error(there_and_back, [2])) == pytest.approx((0 + 0 + 3) / 3)
+    assert float(reconstruction_error(there_and_back, [1, 2])) == pytest.approx((7 / 5 + 1) / 2)
+    assert float(reconstruction_error(there_and_back, [64])) == pytest.approx(3 / 5)
+    colour = torch.tensor([1.0, -1.0]).expand(1, 1, 5, 2)  # bands are never pooled
+    assert float(reconstruction_error(colour, [64])) == 1

@@ -1,22 +1,20 @@
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub import Hub
+from hub import Hub, start
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.publish import CODE, add_card_and_code, check_folder, main, push
+from convert.publish import PIPELINE, add_card_and_code, check_folder, main, push
 from pipeline_tango import TangoPipeline
+from pipeline_tango.single_file import single_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,29 +116,8 @@ def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "tango"))
 
 
-def start(arguments, hub, home, cwd=ROOT, **environment):
-    """Run Python with the stand-in as its Hub and return the finished process."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
-    environment = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "*",
-        "OMP_NUM_THREADS": "1",  # tiny models: threads would cost more than they give
-    } | environment
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def publish(hub, home, *arguments, **environment):
-    return start(["-m", "convert.publish", *arguments], hub, home, **environment)
+    return start(["-m", "convert.publish", *arguments], hub, home, ROOT, **environment)
 
 
 def error_line(process):
@@ -156,13 +133,13 @@ def test_published_folder_loads_back_every_way(folder, tmp_path):
             assert process.returncode == 0, process.stderr
             assert process.stdout == f"{hub.endpoint}/{repo_id}\n"
         assert len(hub.repos["alice/tango"].commits) == 2  # the Hub's own and ours
-        process = start(["-c", SCRIPT + ONLINE], hub, tmp_path / "home", cwd=tmp_path, PYTHONPATH=str(ROOT))
+        process = start(["-c", SCRIPT + ONLINE], hub, tmp_path / "home", tmp_path, PYTHONPATH=str(ROOT))
         assert process.returncode == 0, process.stderr
         assert process.stdout == "refused\n"
         for repo_id in ("alice/pushed", "alice/saved"):
-            assert hub.repos[repo_id].files["pipeline.py"].content == CODE.read_bytes()
+            assert hub.repos[repo_id].files["pipeline.py"].content == single_file(PIPELINE).encode()
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = start(["-c", SCRIPT + OFFLINE], hub, tmp_path / "home", cwd=tmp_path, **environment)
+    process = start(["-c", SCRIPT + OFFLINE], hub, tmp_path / "home", tmp_path, **environment)
     assert process.returncode == 0, process.stderr
 
     def local(**kwargs):
@@ -192,7 +169,7 @@ def test_repo_holds_the_folder_with_this_code_and_a_card_that_names_the_repo(hub
     assert set(repo.files) - {".gitattributes"} == expected
     assert not any("junk" in str(file.content) for file in repo.files.values())
     assert repo.commits[-1][1] == "First" and not repo.private
-    assert repo.files["pipeline.py"].content == CODE.read_bytes()
+    assert repo.files["pipeline.py"].content == single_file(PIPELINE).encode()
     assert (copy / "pipeline.py").read_text() == "stale"  # the folder is only read
     for name in expected - {"pipeline.py", "README.md"}:
         assert repo.files[name].content == (copy / name).read_bytes()
@@ -213,7 +190,7 @@ def test_card_reads_well_and_counts_parameters_as_the_models_do(folder, pipe):
         count = f"{sum(p.numel() for p in component.parameters()):,}" if hasattr(component, "parameters") else ""
         row = re.search(rf"\| {name} \| {type(component).__name__} \| ([\d,]*) \|", card.content)
         assert row[1] == count
-    assert (folder / "pipeline.py").read_bytes() == CODE.read_bytes()
+    assert (folder / "pipeline.py").read_bytes() == single_file(PIPELINE).encode()
 
 
 def test_card_says_which_variant_to_load_when_there_is_only_one(copy):
@@ -387,5 +364,5 @@ def test_help_names_every_option(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(
-        option in text for option in ("FOLDER REPO", "--private", "--token", "--license")
+        option in text for option in ("usage: tango-publish", "FOLDER REPO", "--private", "--token", "--license")
     )

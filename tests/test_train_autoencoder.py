@@ -15,19 +15,19 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from convert.convert_tango import vae_original_config
+from convert.to_original import vae_original_config
 from pipeline_tango import log_mel_spectrogram
 from training.data import ClipDataset, read_manifest
+from training.latents import vae_factor
 from training.train_autoencoder import (
     Autoencoder,
     MelDataset,
     PatchDiscriminator,
+    count_frames,
     lay_out,
     load_vae,
     main,
     parse_args,
-    reconstruction_error,
-    vae_factor,
 )
 
 
@@ -65,6 +65,14 @@ def arguments(sounds):
         return [str(each) for each in (*flags, *more)]
 
     return build
+
+
+def start(flags):
+    """The VAE that flags ask for, and the numbers of frames that it is trained on."""
+    args = parse_args(flags)
+    vae = load_vae(args.pretrained_model_name_or_path, args.config, args.freeze_encoder, args.seed)
+    lengths = (args.audio_length_in_s, args.num_crop_frames, args.length_factors, args.train_batch_size)
+    return vae, count_frames(vae, *lengths)
 
 
 def read_log(folder):
@@ -146,7 +154,7 @@ def test_a_decoder_without_attention_stays_so(arguments, tiny_folder, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("freeze_encoder", [False, True])
 def test_a_batch_is_worked_on_in_rows_of_another_length(arguments, tmp_path, freeze_encoder):
-    vae = load_vae(parse_args(arguments(tmp_path))).eval()
+    vae = start(arguments(tmp_path))[0].eval()
     mel = torch.randn(4, 1, 32, 64)
     noise = torch.zeros(4, 4, 8, 16)
     whole = Autoencoder(vae, freeze_encoder)(mel, noise, 32)[0]
@@ -170,16 +178,6 @@ def test_laying_out_keeps_the_order():
     assert torch.equal(lay_out(lay_out(rows, 3), 6), rows)
 
 
-def test_pooled_errors_are_of_means_over_frames():
-    there_and_back = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0]).view(1, 1, 5, 1)
-    assert float(reconstruction_error(there_and_back, [1])) == pytest.approx(7 / 5)
-    assert float(reconstruction_error(there_and_back, [2])) == pytest.approx((0 + 0 + 3) / 3)
-    assert float(reconstruction_error(there_and_back, [1, 2])) == pytest.approx((7 / 5 + 1) / 2)
-    assert float(reconstruction_error(there_and_back, [64])) == pytest.approx(3 / 5)
-    colour = torch.tensor([1.0, -1.0]).expand(1, 1, 5, 2)  # bands are never pooled
-    assert float(reconstruction_error(colour, [64])) == 1
-
-
 def test_means_over_no_frames_are_refused(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(arguments(tmp_path, "--pool_frames", "1", "0"))
@@ -191,13 +189,13 @@ def test_means_over_no_frames_are_refused(arguments, tmp_path, capsys):
 )
 def test_a_batch_that_cannot_be_laid_out_is_refused(arguments, tmp_path, factor, rows):
     with pytest.raises(ValueError, match=f"--length_factors.*as {rows}"):
-        load_vae(parse_args(arguments(tmp_path, "--length_factors", "1", factor)))
+        start(arguments(tmp_path, "--length_factors", "1", factor))
 
 
 def test_a_sound_shorter_than_a_crop_is_what_is_laid_out(arguments, tmp_path):
     flags = ("--audio_length_in_s=0.68", "--num_crop_frames=128")
     with pytest.raises(ValueError, match="--length_factors: 2 rows of 68 frames.*as rows of 34"):
-        load_vae(parse_args(arguments(tmp_path, *flags)))
+        start(arguments(tmp_path, *flags))
 
 
 def test_a_vae_or_the_vae_of_a_pipeline_can_be_fine_tuned(arguments, tiny_folder, tmp_path):
@@ -243,7 +241,7 @@ def test_a_new_encoder_may_stay_a_linear_transform(arguments, tmp_path):
 
 def test_a_vae_can_be_one_that_the_converter_writes(arguments, tmp_path):
     (tmp_path / "vae.json").write_text('{"norm_num_groups": 32, "mid_block_add_attention": true}')
-    vae = load_vae(parse_args(arguments(tmp_path, config=tmp_path / "vae.json")))
+    vae, _ = start(arguments(tmp_path, config=tmp_path / "vae.json"))
     assert vae_original_config(vae.config)["ddconfig"]["ch_mult"] == [1, 2, 4]
 
 
@@ -301,7 +299,7 @@ def test_sigterm_to_the_whole_group_writes_a_checkpoint_and_leaves_cleanly(argum
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 0, error
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{len(read_log(tmp_path))}"]
-    assert "go on with --resume_from_checkpoint latest" in error and not (tmp_path / "model").exists()
+    assert "resume with --resume_from_checkpoint latest" in error and not (tmp_path / "model").exists()
 
 
 # Objective

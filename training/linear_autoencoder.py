@@ -1,11 +1,11 @@
-"""Weights to start the training of a VAE from: a linear transform, written into an AutoencoderKL.
+"""Initial weights of a VAE: a linear transform, written into an AutoencoderKL.
 
-Log-mel spectrograms are smooth: of the 16 values in a cell of 4 frames and 4 bands, 8 principal components leave out
-0.07 nepers in the mean, which a net of random weights is far from after hours on a CPU. Here a VAE starts as that
-transform, as well as upsamplers allow, and only has to learn what is missing.
+Log-mel spectrograms are smooth: of the 16 values in a cell of 4 frames and 4 bands, 8 principal components leave a
+mean error of 0.07 nepers, which random weights do not reach in hours of training on a CPU. Here a VAE starts as that
+transform, as far as its upsamplers can compute it, and learns the rest.
 
-What a linear VAE has to get past are group norms, which take the level of a sound away. In the group that carries the
-sound, two channels of a large constant make the deviation that is divided by a constant too.
+Group norms normalise the level of a sound away. So the group that carries the sound gets two channels of a large
+constant, which make the deviation that the norm divides by nearly constant.
 """
 
 import torch
@@ -14,14 +14,14 @@ from torch.nn.functional import interpolate, pixel_unshuffle, unfold
 
 
 CONSTANT = 50.0  # beside sound of unit variance
-EVENNESS = 0.5  # power of its deviation that each component is divided by: 0 leaves it, 1 makes all equally loud
-RIDGE = 1e-2  # variance of the noise that inputs of an upsampler are taken to have
+EVENNESS = 0.5  # each component is divided by this power of its deviation: 0 is no change, 1 whitens
+RIDGE = 1e-2  # of the ridge regression, as a variance of noise on an upsampler's inputs
 POSTERIOR_DEVIATION = 0.02  # beside latents of unit variance
 
 
 def can_initialise(vae):
-    """Whether a VAE has room for the transform: enough channels at each level and in each group of the last norms,
-    and a last level of another width than the one before, on the way down and up."""
+    """Whether a VAE is wide enough for the transform: enough channels at each level and in each group of the last
+    norms, and a last level of another width than the one before, on the way down and up."""
     config = vae.config
     widths, factor = config.block_out_channels, 2 ** (len(config.block_out_channels) - 1)
     return (
@@ -38,8 +38,8 @@ def can_initialise(vae):
 
 
 def carrier_channels(norm, num_values):
-    """Channels of a group norm for values, for their negatives and for constants, as three lists; None for lack of
-    room. Each group has two constants, of opposite sign, and pairs of a value and its negative."""
+    """Channels of a group norm for values, for their negatives and for constants, as three lists; None if there
+    are too few. Each group has two constants, of opposite sign, and pairs of a value and its negative."""
     size = norm.num_channels // norm.num_groups
     pairs_in_group = (size - 2) // 2
     num_groups = -(-num_values // pairs_in_group) if pairs_in_group > 0 else norm.num_groups + 1
@@ -56,17 +56,17 @@ def carrier_channels(norm, num_values):
 
 @torch.no_grad()
 def initialise(vae, mel_spectrograms):
-    """Write the transform over the random weights of a VAE. All of it can be trained away from.
+    """Write the transform over the random weights of a VAE. Training can change every weight.
 
-    - Encoder: the first convolution centres and scales, the downsamplers gather the values of a cell in channels, the
-      last convolution takes their principal components. Resnets add nothing yet.
-    - Decoder: the first convolution makes values of components, the upsamplers, which can only repeat a value and mix
-      neighbours, get the weights of least squares.
+    - Encoder: the first convolution centres and scales, the downsamplers collect the values of a cell in channels, the
+      last convolution computes their principal components. Resnets add nothing yet.
+    - Decoder: the first convolution computes values from components; the upsamplers, which repeat a value and then
+      convolve, get the weights of least squares.
 
     Args:
-        vae (`AutoencoderKL`): one that [`can_initialise`] is true of.
+        vae (`AutoencoderKL`): one for which [`can_initialise`] is true.
         mel_spectrograms (`torch.Tensor` of shape `(batch, 1, num_frames, num_mel_bins)`): log-mel spectrograms like
-            those to be trained on, of a few dozen sounds at least; both sizes multiples of the VAE's factor.
+            those to be trained on, of a few dozen sounds at least; both sizes are multiples of the VAE's factor.
     """
     mean, deviation = mel_spectrograms.mean(), mel_spectrograms.std()
     centred = (mel_spectrograms - mean) / deviation
@@ -112,7 +112,7 @@ def initialise(vae, mel_spectrograms):
     for layer in (vae.quant_conv, vae.post_quant_conv):
         set_rows(layer, range(len(layer.weight)), 1.0, range(len(layer.weight)))
 
-    # 3. Decoder: what the upsamplers can make of the cells
+    # 3. Decoder: upsampling by least squares, one level after the other
     synthesis = components.T / scales  # (num_values, num_latents)
     first = vae.decoder.conv_in
     first.weight[:num_values] = 0
@@ -129,7 +129,7 @@ def initialise(vae, mel_spectrograms):
         patches = unfold(repeated, 3, padding=1).transpose(1, 2).flatten(0, 1)  # (positions, num_values * 9)
         patches = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
         wanted = target.flatten(2).transpose(1, 2).flatten(0, 1)  # (positions, num_values / 4)
-        # ridge regression, or neighbours would cancel each other by weights of thousands
+        # ridge regression: least squares would have weights of thousands that cancel each other
         covariance = patches.T @ patches / len(patches) + RIDGE * torch.eye(patches.shape[1])
         solution = torch.linalg.solve(covariance, patches.T @ wanted / len(patches))
         decoded = (patches @ solution).unflatten(0, (len(target), -1)).transpose(1, 2).reshape(target.shape)
@@ -152,17 +152,17 @@ def set_rows(layer, rows, weight, columns=(0,)):
 
 
 def pass_on(block, channels):
-    """Leave channels as they are where the resnets of a block change the width."""
+    """Pass channels on unchanged where the resnets of a block change the width."""
     for resnet in block.resnets:
         if resnet.conv_shortcut is not None:
             set_rows(resnet.conv_shortcut, channels, 1.0, channels)
 
 
 def neutralise(norm, block, resnets, num_values):
-    """Let a group norm hand on values, which are the first channels that `block` begins with.
+    """Let a group norm pass values on, which are the first input channels of `block`.
 
-    The shortcut of the block makes pairs and constants of them, which `resnets` must not see: what reads a large
-    constant moves by large steps.
+    The shortcut of the block turns them into pairs and adds constants, which `resnets` must not read: the output of
+    weights that read a large constant would change by large steps.
     """
     positive, negative, constants = carrier_channels(norm, num_values)
     shortcut = block.resnets[0].conv_shortcut
@@ -171,8 +171,8 @@ def neutralise(norm, block, resnets, num_values):
     shortcut.weight[constants] = 0
     shortcut.bias[constants] = CONSTANT * (-1.0) ** torch.arange(len(constants))
     size = norm.num_channels // norm.num_groups
-    num_channels = size * (len(constants) // 2)  # of the groups that are spoken for
-    # the deviation of the group: of its constants, and of as much sound of unit variance as is in it
+    num_channels = size * (len(constants) // 2)  # of the groups in use
+    # deviation of the group: of its two constants, and of its other channels of unit variance
     factor = ((2 * CONSTANT**2 + size - 2) / size) ** 0.5
     for each in (norm, *(resnet.norm1 for resnet in [*block.resnets[1:], *resnets])):
         each.weight[:num_channels] = factor
@@ -180,7 +180,7 @@ def neutralise(norm, block, resnets, num_values):
 
 
 def set_difference(layer, matrix, norm, num_values):
-    """Let the first output channels of a convolution be linear in the values that a norm and SiLU hand on in pairs:
+    """Let the first output channels of a convolution be linear in the values that a norm and SiLU pass on in pairs:
     silu(x) - silu(-x) = x."""
     positive, negative, constants = carrier_channels(norm, num_values)
     layer.weight[: len(matrix)] = 0

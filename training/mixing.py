@@ -12,7 +12,7 @@ RULES = ("pressure", "random")
 
 
 def a_weighting_db(frequencies_in_hz):
-    """A-weighting curve: how much quieter than 1 kHz the ear hears each frequency.
+    """A-weighting curve: the sensitivity of hearing at each frequency, relative to 1 kHz.
 
     Args:
         frequencies_in_hz (`torch.Tensor`): non-negative, any shape.
@@ -67,7 +67,7 @@ def pressure_level_db(waveform, sampling_rate):
 
 
 def pressure_weight(first, second, sampling_rate, ratio=0.5):
-    """Weight p of `first` that makes it heard in the share `ratio`, however loud the two were recorded.
+    """Weight p of `first` that gives it the perceived share `ratio`, whatever the levels of the two recordings.
 
         p = 1 / (1 + 10^((G1 - G2) / 20) (1 - ratio) / ratio)
 
@@ -76,7 +76,7 @@ def pressure_weight(first, second, sampling_rate, ratio=0.5):
     """
     difference_db = pressure_level_db(first, sampling_rate) - pressure_level_db(second, sampling_rate)
     ratio = torch.as_tensor(ratio, dtype=torch.float64, device="cpu")
-    # float64, since float32 rounds p to 1 where `first` is silence and the other sound would be lost
+    # float64: float32 would round p to 1 where `first` is silence, and the other sound would be lost
     return ratio / (ratio + 10 ** (difference_db.cpu().double() / 20) * (1 - ratio))
 
 
@@ -92,14 +92,14 @@ def mix(first, second, sampling_rate, ratio=0.5, rule="pressure"):
     """Mix two sounds, or two batches of sounds pair by pair.
 
     Each mix is brought by itself to a peak of 0.5, as all waveforms are that the released VAEs have seen; the original
-    divides all mixes of a batch by one maximum, so that their levels depend on each other. Mixing with silence leaves
-    the other sound, and silence with silence is silent: never NaN.
+    divides all mixes of a batch by one maximum, so that their levels depend on each other. A mix with silence is
+    the other sound, and silence mixed with silence is silence, not NaN.
 
     Args:
         first, second (`torch.Tensor` of shape `(num_samples,)` or `(batch, num_samples)`): of the same shape.
         sampling_rate (`int`): in Hz.
         ratio (`float` or `torch.Tensor` of shape `(batch,)`, *optional*, defaults to 0.5): share of `first`, 0 to 1.
-        rule (`str`, *optional*, defaults to `"pressure"`): `"pressure"`: `ratio` is what is heard, see
+        rule (`str`, *optional*, defaults to `"pressure"`): `"pressure"`: `ratio` is the perceived share, see
             `pressure_weight`. `"random"`: `ratio` is the weight itself, whatever the levels.
 
     Returns:
@@ -170,8 +170,8 @@ def mix_pairs(num_items, num_mixes, generator=None):
 def augment(waveforms, captions, sampling_rate, rule="pressure", num_mixes=4, ratio=0.5, generator=None):
     """A batch followed by mixes of its pairs. 2 items become 3, 3 become 6, more become `num_mixes` more.
 
-    Silent sounds stay in the batch but are not mixed: the caption would name what nobody hears. Prefixes of prompts
-    belong in front of what comes out, not of `captions`.
+    Silent sounds stay in the batch but are not mixed, since the caption would name an inaudible sound. Prefixes of
+    prompts are to be put before the returned captions, not before `captions`.
 
     Args:
         waveforms (`torch.Tensor` of shape `(batch, num_samples)`).

@@ -1,9 +1,9 @@
-"""Weights to start the training of a vocoder from: a noise vocoder, written into a HiFi-GAN.
+"""Initial weights of a vocoder: a noise vocoder, written into a HiFi-GAN.
 
-A spectrogram says nothing of the phases of rain, so a vocoder has to take them from chance. What a GAN takes longest
-to find is how: a steady input repeats itself every frame, so does the output of convolutions that see nothing else,
-and that is heard as a buzz. Here a vocoder reads channels of white noise beside the mel bands, and starts as the
-simplest net that uses them: noise in each band, as loud as the band.
+The phases of noise-like sounds do not follow from their spectrogram, so a vocoder needs randomness. A GAN takes
+long to learn this: convolutions of an input that is the same in every frame have an output that is the same in every
+frame, which is heard as a buzz. Here a vocoder reads channels of white noise beside the mel bands, and starts as the
+simplest network that uses them: noise in each band at the level of the band.
 """
 
 import math
@@ -14,31 +14,31 @@ from torch.nn.functional import leaky_relu
 from transformers.audio_utils import mel_filter_bank
 
 from pipeline_tango import log_mel_spectrogram
-from pipeline_tango.pipeline_tango import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from pipeline_tango.mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 
 
-SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, or it would be small beside what a step of Adam changes
-NUM_UNITS = 5  # of the first layer that make an exponential function
+SIGNAL_SCALE = 30.0  # of a waveform inside the vocoder, so that it is large beside the changes of one step of Adam
+NUM_UNITS = 5  # of the first layer that approximate an exponential function
 LOUDEST, SOFTEST = 1.5, -7.5  # log-mel values that it covers
 NOISE_DEVIATION = 3.0  # of the noise that is clipped to the amplitude of its band
-TONE_WIDTH = 50  # in Hz: of a band that one tone of 32 ms fills
-WIDEST = 180  # in Hz: wider bands hold white noise
-LEVEL_OFFSET = 0.2  # by which flat spectra come out too quiet, for what flows from peaks into valleys is too much
+TONE_WIDTH = 50  # in Hz: bandwidth of a tone of 32 ms
+WIDEST = 180  # in Hz: wider bands get white noise instead of tones
+LEVEL_OFFSET = 0.2  # nepers by which flat spectra are made too quiet, since leakage into valleys makes these too loud
 
 
 @torch.no_grad()
 def initialise(vocoder, num_noise_channels):
-    """Random weights, over which a noise vocoder is written: before any training it sounds like its spectrogram.
+    """Write a noise vocoder over random weights: before any training its output has the given spectrogram.
 
-    - The first layer, at 100 Hz, makes the amplitude of each band, the exponential function by a few leaky ReLUs, and
-      hands the noise on.
-    - The first upsampler, at 500 Hz, interpolates the amplitude `a` and makes the noise of the band: tones of 32 ms at
-      its frequency modulo 500 Hz, as loud as the noise channels say. The leaky ReLUs after it multiply the two in the
-      only way they can: `(|noise + a| - |noise - a|) / 2` is the noise clipped to the amplitude.
-    - The second upsampler makes each such number a grain of 8 ms in the band, and so picks the multiple of 500 Hz.
+    - The first layer, at 100 Hz, computes the amplitude of each band, the exponential function by a few leaky ReLUs,
+      and passes the noise on.
+    - The first upsampler, at 500 Hz, interpolates the amplitude `a` and generates the noise of the band: tones of
+      32 ms at its frequency modulo 500 Hz, with the noise channels as amplitudes. The leaky ReLUs after it approximate
+      the product of the two: `(|noise + a| - |noise - a|) / 2` is the noise clipped to the amplitude.
+    - The second upsampler turns each such value into a grain of 8 ms in the band: the multiple of 500 Hz.
 
-    Everything after that hands samples on, in pairs of opposite sign. All of it can be trained away from. A vocoder
-    that is too small for it, or without noise channels, gets random weights only.
+    All later layers pass samples on, in pairs of opposite sign. Training can change every weight. A vocoder that is
+    too small for this, or without noise channels, gets random weights only.
 
     Args:
         vocoder (`SpeechT5HifiGan`): `model_in_dim` is the mel bands and then the noise channels.
@@ -56,7 +56,7 @@ def initialise(vocoder, num_noise_channels):
     first.bias.copy_(6 * first.weight[:, :NUM_MEL_BINS].sum((1, 2)))
     for block in vocoder.resblocks:
         for layer in block.convs2:
-            layer.weight.mul_(0.3)  # the sum of the branches stays as loud as what they are added to
+            layer.weight.mul_(0.3)  # the branches do not add more than their input
 
     # samples of the waveform that one time step of each stage stands for, two channels each but in the first stage
     sizes = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
@@ -67,7 +67,7 @@ def initialise(vocoder, num_noise_channels):
         vocoder.conv_post.weight.mul_(0.1)
         return
 
-    # 1. The first layer: amplitudes, and the noise handed on
+    # 1. The first layer: amplitudes, and the noise passed on
     middle = first.kernel_size[0] // 2
     first.weight[:num_units] = 0
     first.bias[:num_units] = 0
@@ -84,7 +84,7 @@ def initialise(vocoder, num_noise_channels):
 
     # 2. The first upsampler: noise and amplitude of each band
     up = vocoder.upsampler[0]
-    up.weight.mul_(0.05)  # what is not handed on starts out weak
+    up.weight.mul_(0.05)  # the other channels start out weak
     up.weight[:, : nums_used[0]] = 0
     distance = torch.arange(up.kernel_size[0]) - up.padding[0] - up.stride[0] // 2  # from the middle of a frame
     between_frames = (1 - distance.abs() / up.stride[0]).clamp(min=0)  # linear interpolation
@@ -101,7 +101,7 @@ def initialise(vocoder, num_noise_channels):
             up.weight[noise_units, channel] = sign * noise
             up.bias[channel] = -sign_of_amplitude * least
 
-    # 3. Samples handed on
+    # 3. Samples passed on
     for i, (size, up) in enumerate(zip(sizes, vocoder.upsampler)):
         used = nums_used[i]
         if i > 0:
@@ -121,7 +121,7 @@ def initialise(vocoder, num_noise_channels):
     last.weight[:, :2] = 0
     last.weight[0, :2, last.kernel_size[0] // 2] = torch.tensor([0.5, -0.5]) / SIGNAL_SCALE
 
-    # 4. Grains, whose levels are those of the spectrogram, in the median over loud and soft ones
+    # 4. Grains, scaled such that levels are those of the spectrogram, in the median over loud and soft ones
     up = vocoder.upsampler[1]
     grains = band_grains(centres, up.kernel_size[0] * sizes[1])
     level = torch.linspace(-5, 0, 8)[:, None, None].expand(-1, 200, NUM_MEL_BINS)
@@ -136,8 +136,8 @@ def initialise(vocoder, num_noise_channels):
 
 
 def exponential_units(num_units, slope):
-    """Leaky ReLUs whose weighted sum runs along the exponential function, by chords between `num_units` points, the
-    last of which is no knot; a little lowered, so as to be too high and too low alike.
+    """Leaky ReLUs whose weighted sum approximates the exponential function by chords between `num_units` points, the
+    last of which is no knot; the chords are lowered a little, so that their errors are of both signs.
 
     Returns:
         `sign * (x - knot)` is what each reads; `(num_units,)` tensors of knots and signs, and the weights; and the
@@ -178,8 +178,8 @@ def mel_bands():
 
 
 def band_noise(centre, bandwidth, num_noise_channels, time):
-    """What each noise channel, one number a frame, adds to the noise of a band at `time` in seconds from the middle of
-    the frame: (channels, time). A narrow band holds tones that fade in and out, a wide one white noise."""
+    """What each noise channel, one value a frame, adds to the noise of a band at `time` in seconds from the middle of
+    the frame: (channels, time). A narrow band gets tones that fade in and out, a wide one white noise."""
     if bandwidth >= WIDEST:
         reach = (time >= -MEL_HOP_LENGTH / MEL_SAMPLING_RATE) & (time < MEL_HOP_LENGTH / MEL_SAMPLING_RATE)
         return torch.randn(num_noise_channels, len(time)) * reach  # two frames for each time

@@ -1,4 +1,4 @@
-"""What the UNet learns to predict and how its errors are weighed. Pure functions.
+"""What the UNet learns to predict, and how its errors and those of the VAE are weighted. Pure functions.
 
 Random draws take a list of `torch.Generator`, one for each sample, so that what a sample gets depends neither on its
 place in a batch nor on the number of processes. Numbers are float32, so they do not depend on the precision either.
@@ -147,6 +147,14 @@ def diffusion_loss(model_pred, target, weights=None):
         raise ValueError(f"`weights` has to be of the shape {(len(target),)}, not {tuple(weights.shape)}.")
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
     return loss if weights is None else loss * weights
+
+
+def reconstruction_error(difference, pool_frames):
+    """Mean absolute value of the means of `(batch, 1, frames, bins)` over windows of frames, and the mean of that over
+    all lengths of window in `pool_frames`. Windows do not overlap; the last may be shorter."""
+    windows = [(min(num_frames, difference.shape[2]), 1) for num_frames in pool_frames]
+    pooled = [F.avg_pool2d(difference, window, ceil_mode=True, count_include_pad=False) for window in windows]
+    return torch.stack([means.abs().mean() for means in pooled]).mean()
 
 
 def _check_generators(generators):

@@ -1,11 +1,10 @@
 """Train a T5 tokenizer on captions, beside a random T5 encoder to train with it:
 `python -m training.train_tokenizer --train_manifest M --output_dir OUT`.
 
-`OUT` is what `training.train --text_encoder OUT --train_text_encoder` starts from. A pretrained FLAN-T5 knows far more
-words; this is for a Tango that has to be small.
+`training.train --text_encoder OUT --train_text_encoder` starts from it. A pretrained FLAN-T5 has a far larger
+vocabulary; this is for a Tango that has to be small.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -15,8 +14,9 @@ import torch
 from accelerate import PartialState
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from training.data import read_manifest
-from training.train import replacing, run
+from .arguments import build_parser
+from .data import read_manifest
+from .run import replacing, run
 
 
 # narrow and shallow: 1.5 million parameters beside the embeddings
@@ -32,12 +32,11 @@ TEXT_ENCODER_CONFIG = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_tokenizer",
-        description="Train a T5 tokenizer on the captions of a manifest, and put a random T5 encoder with its number "
-        "of tokens beside it, for training.train --text_encoder OUT --train_text_encoder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description = (
+        "Train a T5 tokenizer on the captions of a manifest, and save a random T5 encoder for its tokens with it. The "
+        "folder is what --text_encoder of training.train takes, with --train_text_encoder."
     )
+    parser = build_parser(__spec__.name, description, launch=False)
     parser.add_argument(
         "--train_manifest", nargs="+", required=True, help="manifests with captions, as training.train reads them"
     )
@@ -49,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args(argv)
     if args.vocab_size < 100:
-        parser.error(f"--vocab_size has to be at least 100, for every letter is one, not {args.vocab_size}")
+        parser.error(f"--vocab_size has to be at least 100, since every character is a token, not {args.vocab_size}")
     if args.max_length < 2:
         parser.error(f"--max_length has to be at least 2, not {args.max_length}")
     if Path(args.output_dir).exists():
@@ -66,7 +65,7 @@ def train_tokenizer(captions, vocab_size, max_length):
     try:
         import sentencepiece
     except ImportError as error:
-        raise ValueError('a tokenizer is trained by sentencepiece: pip install "pipeline-tango[train]"') from error
+        raise ValueError('training a tokenizer needs sentencepiece: pip install "pipeline-tango[train]"') from error
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sorted(captions)),
@@ -88,7 +87,7 @@ def train_tokenizer(captions, vocab_size, max_length):
 
 
 def train(args):
-    PartialState()  # which the shared logger asks for
+    PartialState()  # accelerate's logger needs it
     columns = {"caption_column": args.caption_column} if args.caption_column else {}
     captions = [
         caption

@@ -1,10 +1,10 @@
-"""Put the trained stages together as the checkpoint that the package carries, in float16, with its card.
+"""Assemble the trained components into the checkpoint of the package, in float16, with its card.
 
     python -m examples.sound_library.assemble --pipeline RUN/model --vae RUN/vae --vocoder RUN/model \\
         --runs RUN RUN ... --output pipeline_tango/tango_tiny
 
-`--runs` are output folders of the training scripts, in the order they were run: the card gets their flags and a
-picture of their curves. `--figures` is a Markdown file with what was measured.
+`--runs` are output folders of the training scripts, in the order in which they were run: the card lists their flags
+and shows their curves. `--figures` is a Markdown file with the measured figures.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import torch
 
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
-from pipeline_tango.pipeline_tango import NUM_MEL_BINS
+from pipeline_tango.mel import NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
 
 HERE = Path(__file__).parent
-SMOOTHING = 50  # steps of a curve that make one point
+SMOOTHING = 50  # steps per point of a curve
 
 
 def credits():
@@ -52,7 +52,7 @@ def read_run(folder):
 
 
 def flags_of(runs):
-    """Markdown of each run's flags, paths by their last part alone."""
+    """Markdown of the flags of each run, with the last part of each path only."""
     blocks = []
     for name, flags, entries in runs:
         lines = []
@@ -68,7 +68,7 @@ def flags_of(runs):
 
 
 def draw_curves(runs):
-    """PNG with a panel for each run: the figures of its log, in means of `SMOOTHING` steps."""
+    """PNG with a panel for each run: the values of its log, averaged over `SMOOTHING` steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6 * len(runs)), layout="constrained")
@@ -97,18 +97,18 @@ def draw_curves(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="pipeline with the trained UNet and text encoder")
-    parser.add_argument("--vae", type=Path, help="folder of another VAE, such as one with a decoder trained along")
+    parser.add_argument("--vae", type=Path, help="folder of another VAE, such as one trained with the vocoder")
     parser.add_argument("--vocoder", type=Path, help="folder of another vocoder")
-    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the pipeline's")
-    parser.add_argument("--use_karras_sigmas", action="store_true", help="more steps where there is little noise")
+    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: that of the pipeline")
+    parser.add_argument("--use_karras_sigmas", action="store_true", help="take more steps at low noise levels")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("START", "STOP"))
     parser.add_argument("--audio_length_in_s", type=float, default=10.24)
-    parser.add_argument("--num_mel_corrections", type=int, default=0, help="of what the vocoder makes")
+    parser.add_argument("--num_mel_corrections", type=int, default=0, help="corrections of the vocoder's output")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="output folders of training scripts")
-    parser.add_argument("--figures", type=Path, help="Markdown with what was measured")
-    parser.add_argument("--pictures", type=Path, nargs="*", default=[], help="PNG files that it shows")
+    parser.add_argument("--figures", type=Path, help="Markdown file with the measured figures")
+    parser.add_argument("--pictures", type=Path, nargs="*", default=[], help="PNG files that the card shows")
     parser.add_argument("--output", type=Path, required=True, help="folder, replaced if it exists")
     args = parser.parse_args(argv)
 
@@ -116,20 +116,20 @@ def main(argv=None):
         runs = [read_run(folder) for folder in args.runs]
         figures = args.figures.read_text().strip() if args.figures else "None yet."
     except (OSError, ValueError) as error:
-        parser.error(f"--runs and --figures have to be there and whole: {error}")
+        parser.error(f"--runs and --figures have to exist and be complete: {error}")
 
     pipe = TangoPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     changes = {}
     if args.vae:
         changes["vae"] = type(pipe.vae).from_pretrained(args.vae)
         if changes["vae"].config.scaling_factor != pipe.vae.config.scaling_factor:
-            parser.error(f"--vae {args.vae} scales latents in another way than the one that the UNet was trained with")
+            parser.error(f"--vae {args.vae} has another scaling factor than the VAE that the UNet was trained with")
     if args.vocoder:
         changes["vocoder"] = type(pipe.vocoder).from_pretrained(args.vocoder)
     scheduler = SCHEDULERS[args.scheduler] if args.scheduler else type(pipe.scheduler)
     options = {"use_karras_sigmas": True} if args.use_karras_sigmas else {}
     if not options.keys() <= inspect.signature(scheduler).parameters.keys():
-        parser.error(f"--use_karras_sigmas: {scheduler.__name__} has no such setting; take another --scheduler")
+        parser.error(f"--use_karras_sigmas: {scheduler.__name__} has no such setting; choose another --scheduler")
     changes["scheduler"] = scheduler.from_config(pipe.scheduler.config, **options)
     pipe.register_modules(**changes)
     pipe.register_to_config(
@@ -157,10 +157,10 @@ def main(argv=None):
     partial = args.output.with_name(f".{args.output.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial)
-    (partial / "pipeline.py").unlink()  # the package has it
+    (partial / "pipeline.py").unlink()  # the package contains the code
     for path in (partial / "model_index.json", *partial.glob("*/config.json")):
         config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # a folder of whoever assembled it
+        config.pop("_name_or_path", None)  # a path on the machine of the author
         path.write_text(json.dumps(config, indent=2) + "\n")
     if runs:
         write_atomically(partial / "training.png", draw_curves(runs))

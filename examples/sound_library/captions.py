@@ -1,4 +1,4 @@
-"""Other words for the captions of the sound library, so that a text encoder trained on it is not brittle.
+"""Paraphrases of the captions of the sound library, so that a text encoder trained on it generalises over wording.
 
     python -m examples.sound_library.captions [MANIFEST]
 
@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 
 
-# Category -> what may be said of each of its sounds, the plain phrase first.
+# Category -> phrases that fit each of its sounds, the plain phrase first.
 CATEGORIES = {
     "airplane": "an airplane; a plane; an aircraft; an aeroplane",
     "alarm": "an alarm; alarm sounds",

@@ -2,9 +2,9 @@
 
     python -m examples.sound_library.compose LIBRARY OUT --seconds 2.56 --num_clips 3000 --seed 0
 
-writes 16 kHz mono FLAC files and `data.jsonl`, a manifest for `training` with several captions a clip. A clip is a
-part of a recording, a short sound several times, or two sounds at once or one after the other. Each depends on the
-seed and its own number alone, so that more clips leave the first ones as they are. Needs the extra `train`.
+writes 16 kHz mono FLAC files and `data.jsonl`, a manifest for `training` with several captions per clip. A clip is a
+part of a recording, a short sound repeated, or two sounds mixed or in sequence. Each clip depends on the seed and its
+own index only, so that a larger number of clips does not change the first ones. Needs the extra `train`.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from pipeline_tango.sound_files import write_atomically
 
 
 SAMPLING_RATE = 16000
-FADE = 80  # samples: 5 ms, no click
-CROSSFADE = 1600  # samples, where a texture is looped or one sound gives way to the next
+FADE = 80  # samples: 5 ms, against clicks
+CROSSFADE = 1600  # samples, where a texture is looped or one sound follows another
 
-# Drawn twice as often as others: what the model is judged by.
+# Drawn twice as often as others: the categories of the evaluation.
 FREQUENT = set(
     "rain thunder wind water fire birds_ambience insects sheep cow horse bee footsteps door bell explosion gunshot "
     "glass metal splash drum machine car airplane train applause laugh".split()
 )
-# Sounds that go on: any part will do, and a short one is looped if it does not fade.
+# Continuous sounds: any part is representative, and a short recording is looped unless it fades.
 TEXTURES = set(
     "airplane applause bee birds_ambience bubbles car chainsaw crowd electricity fire helicopter insects machine "
     "mosquito motorcycle noise rain sawing siren steam train water wind".split()
 )
-# Sounds that come at a pace of their own: seconds from one beginning to the next.
+# Sounds that repeat at a regular pace: seconds from one onset to the next.
 PACES_IN_S = {
     "drip": (0.3, 0.9),
     "drum": (0.25, 0.8),
@@ -46,7 +46,7 @@ PACES_IN_S = {
     "wood_chopping": (0.6, 1.0),
 }
 OFTEN_ONCE = {"burp", "crash", "door", "explosion", "glass", "gunshot", "pop", "sneeze", "splash", "thunder"}
-# Pairs that are heard together, with weights. Half of all pairs are drawn from them.
+# Pairs that are plausible together, with weights. Half of all pairs are drawn from them.
 LIKELY_PAIRS = {
     ("rain", "thunder"): 5,
     ("wind", "rain"): 2,
@@ -84,10 +84,11 @@ LIKELY_PAIRS = {
 
 
 class Library:
-    """The recordings of one split, with what it takes to draw them.
+    """The recordings of one split, with the probabilities of drawing them.
 
     Args:
-        folder (`str` or `Path`): with the sounds, and `manifest.csv` unless the one beside this file describes them.
+        folder (`str` or `Path`): folder with the sounds, and with `manifest.csv` unless the one beside this file
+            describes them.
 
     Raises:
         ValueError: if the split has no recordings, or one is not 16 kHz mono or silent.
@@ -103,7 +104,7 @@ class Library:
         if not self.rows:
             raise ValueError(f"`split` has to be one of the manifest's, not {split!r}.")
         self.waveforms = [read_recording(folder / row["file"]) for row in self.rows]
-        # what the tagger did not hear as its category is drawn half as often
+        # recordings that the tagger did not classify as their category are drawn half as often
         lengths_in_s = np.array([len(waveform) / SAMPLING_RATE for waveform in self.waveforms])
         weights = np.sqrt(lengths_in_s) * [0.5 if row["tagger_agrees"] == "no" else 1.0 for row in self.rows]
         self.indices, self.weights, shares = {}, {}, {}
@@ -126,7 +127,7 @@ class Library:
 
 
 def read_recording(path):
-    """A recording without its mean, at a peak of 1, without the silence before and after it."""
+    """A recording without its mean, normalised to a peak of 1, without leading and trailing silence."""
     with open(path, "rb") as file:  # which fails with an OSError where soundfile does not
         waveform, sampling_rate = soundfile.read(file, dtype="float32")
     if sampling_rate != SAMPLING_RATE or waveform.ndim != 1:
@@ -144,7 +145,7 @@ def rms(waveform):
 
 
 def fade(waveform, num_in=FADE, num_out=FADE):
-    """A copy whose ends are faded, by raised cosines."""
+    """A copy with both ends faded by raised cosines."""
     waveform = waveform.copy()
     for part, num_samples in ((waveform, num_in), (waveform[::-1], num_out)):
         num_samples = min(num_samples, len(waveform) // 2)
@@ -153,14 +154,14 @@ def fade(waveform, num_in=FADE, num_out=FADE):
 
 
 def join(first, second, num_samples):
-    """`first`, then `second`, with `num_samples` of crossfade at equal power."""
+    """`first`, then `second`, with an equal-power crossfade of `num_samples`."""
     angle = np.pi / 2 * (np.arange(num_samples, dtype=np.float32) + 0.5) / num_samples
     overlap = np.cos(angle) * first[-num_samples:] + np.sin(angle) * second[:num_samples]
     return np.concatenate([first[:-num_samples], overlap, second[num_samples:]])
 
 
 def crop(rng, waveform, num_samples, category):
-    """A part of a longer recording that is not silent: any part of a texture, of events mostly the beginning."""
+    """A part of a longer recording that is not silent: any part of a texture, mostly the beginning of events."""
     if category not in TEXTURES and rng.random() < 0.6:
         return waveform[:num_samples]
     starts = rng.integers(len(waveform) - num_samples + 1, size=8)
@@ -172,7 +173,7 @@ def crop(rng, waveform, num_samples, category):
 
 
 def loop(rng, waveform, num_samples):
-    """A texture that goes on, from a random point."""
+    """A texture looped with crossfades, from a random position."""
     overlap = min(CROSSFADE, len(waveform) // 4)
     result = waveform[rng.integers(len(waveform) // 2) :]
     while len(result) < num_samples:
@@ -181,7 +182,7 @@ def loop(rng, waveform, num_samples):
 
 
 def repeat(rng, events, num_samples, category):
-    """Events in turn, with gaps or at the category's pace. Returns the waveform and how many are in it."""
+    """Repeat events in turn, with gaps or at the category's pace. Returns the waveform and the number of events."""
     result = np.zeros(num_samples, np.float32)
     steady = category in PACES_IN_S and max(map(len, events)) < 1.2 * SAMPLING_RATE
     pace_in_s = rng.uniform(*PACES_IN_S[category]) if steady else None
@@ -213,8 +214,8 @@ def draw_sound(rng, library, category, num_samples):
     """A sound of one category and the given length.
 
     Returns:
-        `(np.ndarray, str, bool)`: float32 of shape `(num_samples,)` at a peak of 1, the caption, and whether a short
-        recording is heard several times.
+        `(np.ndarray, str, bool)`: float32 of shape `(num_samples,)` with a peak of 1, the caption, and whether a short
+        recording is repeated.
     """
     index = library.draw_recording(rng, category)
     waveform, caption = library.waveforms[index], library.rows[index]["caption"]
@@ -226,7 +227,7 @@ def draw_sound(rng, library, category, num_samples):
         waveform = fade(loop(rng, waveform, num_samples))
     else:
         events = [waveform]
-        if category == "footsteps" or rng.random() < 0.5:  # others of the same kind take turns with it
+        if category == "footsteps" or rng.random() < 0.5:  # alternating with others of the same caption
             others = [i for i in library.indices[category] if library.rows[i]["caption"] == caption and i != index]
             others = [i for i in others if len(library.waveforms[i]) < num_samples]
             num_others = min(len(others), int(rng.integers(1, 4)))
@@ -237,7 +238,7 @@ def draw_sound(rng, library, category, num_samples):
 
 
 def pressure_level_db(waveform):
-    """A-weighted level of the loudest moment, as `training.mixing` has it, which examples may not import."""
+    """A-weighted level of the loudest frame, as in `training.mixing`, which examples may not import."""
     frames = np.pad(waveform, (0, max(-len(waveform) % 1024, 2048 - len(waveform))))
     frames = np.lib.stride_tricks.sliding_window_view(frames, 2048)[::1024]  # (num_frames, 2048)
     power = np.abs(np.fft.rfft(frames * np.hanning(2049)[:-1])) ** 2  # (num_frames, 1025)
@@ -248,7 +249,7 @@ def pressure_level_db(waveform):
 
 
 def draw_names(rng, sound, num_names):
-    """Phrases and clauses for a sound in a sentence: caption and plain name more often than the others."""
+    """Draw phrases and clauses for a sound in a sentence: caption and plain name more often than the others."""
     caption, category, several = sound
     phrases, clauses = variants(caption, category, several)
     weights = np.array([0.4, 0.25, *[0.35 / (len(phrases) - 2)] * (len(phrases) - 2)])
@@ -273,7 +274,7 @@ TEMPLATES = {  # with phrases a and b, and clauses A and B
 
 
 def write_captions(rng, sounds, relation):
-    """4 to 16 captions for a clip. `sounds` are one or two of `(caption, category, several)`."""
+    """Draw 4 to 16 captions for a clip. `sounds` are one or two of `(caption, category, several)`."""
     if len(sounds) == 1:
         captions = widen(*sounds[0])
         phrases, _ = variants(*sounds[0])
@@ -332,13 +333,15 @@ def compose(library, index, *, num_samples, seed=0, proportion_mixed=0.3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path, help="folder that examples.sound_library.build wrote")
+    parser.add_argument("library", type=Path, help="folder written by examples.sound_library.build")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--seconds", type=float, default=2.56, help="length of a clip (default: 2.56)")
-    parser.add_argument("--num_clips", type=int, default=3000, help="how many (default: 3000)")
-    parser.add_argument("--proportion_mixed", type=float, default=0.3, help="clips of two sounds (default: 0.3)")
-    parser.add_argument("--split", default="train", help="which recordings: train (default) or heldout")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--num_clips", type=int, default=3000, help="number of clips (default: 3000)")
+    parser.add_argument(
+        "--proportion_mixed", type=float, default=0.3, help="share of clips of two sounds (default: 0.3)"
+    )
+    parser.add_argument("--split", default="train", help="split of the recordings: train or heldout (default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
     if not 0.5 <= args.seconds <= 30:
         parser.error(f"--seconds has to be from 0.5 to 30, not {args.seconds:g}")

@@ -1,7 +1,7 @@
-"""How far generated sounds are from recordings, from what a listener made of them. Pure functions, float64.
+"""Metrics of generated sounds, from embeddings and class posteriors of a listener. Pure functions, float64.
 
-Weights say how often each clip counts, 1 by default. A bootstrap resample is nothing but other weights, so no array is
-copied, and a metric that needs distinct clips (`kernel_distance`) is not fooled by repeated ones.
+Weights are the multiplicities of the clips, 1 by default. A bootstrap resample is a vector of weights, so no array is
+copied, and a metric of distinct clips (`kernel_distance`) can leave out pairs of a clip with its repetition.
 """
 
 import math
@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.special import expit, log_expit, log_softmax, softmax, xlogy
 
 
-# What audioldm_eval adds before its logarithm, which the published figures were computed with
+# added before the logarithm by audioldm_eval, which published figures were computed with
 KL_EPSILON = 1e-6
 
 
@@ -44,8 +44,8 @@ def frechet_distance(x, y, x_weights=None, y_weights=None):
     |m_x - m_y|^2 + Tr(C_x) + Tr(C_y) - 2 Tr((C_x C_y)^(1/2)), the covariances unbiased.
 
     With C_x = A^T A and C_y = B^T B, A and B the centred embeddings over sqrt(count - 1), the last trace is the sum of
-    the singular values of A B^T. No covariance is formed and no matrix root taken, so the figure is real, and exact
-    with fewer clips than dimensions; what it means there is another matter: `frechet_warning`.
+    the singular values of A B^T. No covariance is formed and no matrix root taken, so the value is real, and exact
+    with fewer clips than dimensions, where it is biased (`frechet_warning`).
 
     Args:
         x, y: of shape `(num_clips, dim)`; the two counts may differ.
@@ -74,7 +74,7 @@ def mean_and_root(rows, weights):
 
 
 def frechet_warning(num_x, num_y, dim):
-    """Why a Frechet distance of so many embeddings is to be doubted, or None."""
+    """A warning if the number of embeddings biases the Frechet distance, else None."""
     if min(num_x, num_y) <= dim:
         return (
             f"{min(num_x, num_y)} embeddings of {dim} dimensions: the covariance is singular and the distance far too "
@@ -121,7 +121,7 @@ def kernel_distance(matrices, x_weights=None, y_weights=None):
     x_weights, y_weights = as_weights(x_weights, len(xx)), as_weights(y_weights, len(yy))
     within = 0.0
     for matrix, weights in ((xx, x_weights), (yy, y_weights)):
-        pairs = weights.sum() ** 2 - (weights**2).sum()  # pairs of one clip with itself are no evidence
+        pairs = weights.sum() ** 2 - (weights**2).sum()  # without pairs of a clip with itself
         if pairs <= 0:
             return math.nan
         within += (weights @ matrix @ weights - weights**2 @ np.diag(matrix)) / pairs
@@ -155,7 +155,7 @@ def kl_sigmoid(reference_logits, logits):
 def kl_sigmoid_original(reference_logits, logits):
     """`kl_sigmoid` as audioldm_eval has it, to compare with published figures: the second half left out.
 
-    Not a divergence: it may be negative, and is lowest where q is largest.
+    It is not a divergence: it may be negative, and is lowest where q is largest.
     """
     p, q = check_rows(reference_logits=reference_logits, logits=logits)
     p, q = expit(p), expit(q)
@@ -170,10 +170,11 @@ def clap_score(text_embeddings, embeddings):
 
 
 def class_recall(logits, classes, k=5):
-    """Whether one of each clip's classes is among the `k` that the listener hears most: 1.0 or 0.0.
+    """Whether one of each clip's classes is among the `k` most probable ones: 1.0 or 0.0.
 
     Args:
-        classes (`list[set[int]]`): the right ones of each clip, any of which will do; NaN where there are none.
+        classes (`list[set[int]]`): the correct classes of each clip, of which any counts; NaN is returned where there
+            are none.
     """
     (logits,) = check_rows(logits=logits)
     top = np.argsort(-logits, axis=1, kind="stable")[:, :k]
@@ -187,8 +188,8 @@ def class_recall(logits, classes, k=5):
 def inception_score(logits, weights=None, num_splits=1):
     """exp of the mean KL(p(class | clip) || p(class)), posteriors by softmax: from 1 to the number of classes.
 
-    High where each clip is clearly of one class and the classes are many. It knows no reference, and grows with the
-    number of clips: compare at the same count and the same `num_splits`.
+    High where the posteriors of each clip are concentrated and the classes of the set are many. It uses no reference,
+    and grows with the number of clips: compare at the same count and the same `num_splits`.
 
     Args:
         num_splits (`int`): score parts of the set and average, as published figures do with 10. Clip i is in part
@@ -212,18 +213,18 @@ def inception_score(logits, weights=None, num_splits=1):
 
 
 def weighted_mean(values, weights=None):
-    """Mean of a value for each clip. Clips that have none (NaN) do not count."""
+    """Mean over the clips. NaN values are left out."""
     values = np.asarray(values, np.float64)
     weights = as_weights(weights, len(values)) * np.isfinite(values)
     return float(weights @ np.nan_to_num(values) / weights.sum()) if weights.sum() else math.nan
 
 
-# How sure
+# Bootstrap
 
 
 def resample(num_units, num_resamples, seed):
     """Bootstrap weights of shape `(num_resamples, num_units)`: how often each of `num_units` is drawn, with
-    replacement, out of as many draws. The same for the same numbers, so that what is measured twice is paired."""
+    replacement, in as many draws. Equal arguments give equal weights, so that differences are paired."""
     rng = np.random.default_rng([seed, num_units])
     return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_resamples)
 
@@ -232,14 +233,14 @@ def interval(value, resampled, confidence=0.95, centred=False):
     """Percentile bootstrap interval.
 
     Args:
-        centred (`bool`): move it by `value` less the mean of the resampled figures, for those that depend on the
-            number of distinct clips (Frechet distance, inception score): a resample has only 63% of them, so the
-            percentiles themselves need not even hold `value`. The interval then says how much the figure would change
-            with other clips at the same count, not how far it is from that of endless clips. For the Frechet distance
-            of few clips it is mostly too wide, by up to 2, and was 7% too narrow at worst (measured on Gaussians).
+        centred (`bool`): shift it by `value` minus the mean of the resampled values, for metrics that depend on the
+            number of distinct clips (Frechet distance, inception score): a resample has only 63% of them, so that the
+            percentiles themselves need not even contain `value`. The interval is then the variation with other clips
+            at the same count, not the distance from the limit of many clips. For the Frechet distance of few clips it
+            is mostly too wide, by a factor of up to 2, and was 7% too narrow at worst (measured on Gaussians).
 
     Returns:
-        `(low, high)`, NaN where the resamples do not differ, which tells nothing.
+        `(low, high)`, NaN where the resamples do not differ.
 
     Source: Efron and Tibshirani 1993, chapters 10 and 13.
     """
@@ -253,11 +254,11 @@ def interval(value, resampled, confidence=0.95, centred=False):
 
 
 def probability_better(difference, resampled, higher_is_better, centred=False):
-    """How sure it is that the second of two systems is the better one, by paired bootstrap.
+    """Probability that the second of two systems is the better one, by paired bootstrap.
 
     Args:
-        difference (`float`): its figure less that of the first, on all clips.
-        resampled: the same on the resamples, the same ones for both systems (`resample`).
+        difference (`float`): its value minus that of the first, on all clips.
+        resampled: the same on the resamples, which both systems share (`resample`).
         centred (`bool`): as in `interval`.
 
     Returns:

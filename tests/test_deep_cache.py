@@ -5,147 +5,13 @@ import accelerate
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import build_components
+from conftest import LONG, MOVING, count_rows, latents_of, set_scheduler
 from diffusers import UNet2DConditionModel
-from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline, pipeline_tango
-
-
-MOVING = [(0.0, "rain"), (0.6, "dog")]
-LONG = {"audio_length_in_s": 0.6, "window_length_in_s": 0.32}  # 3 windows
-
-
-def latents_of(pipe, prompt="rain", num_inference_steps=4, **options):
-    options = {"audio_length_in_s": 0.3} | options
-    generator = torch.Generator().manual_seed(0)
-    return pipe(
-        prompt,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=options.pop("guidance_scale", 3.0),
-        generator=generator,
-        output_type="latent",
-        **options,
-    ).audios
-
-
-def count_rows(module):
-    """A list that gets the number of rows of each call of `module`."""
-    rows = []
-    module.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
-    return rows
-
-
-def use_scheduler(pipe, name, **config):
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **config)
-
-
-# Guidance on a part of the steps
-
-
-def test_guidance_on_all_steps_is_the_default(pipe):
-    assert torch.equal(latents_of(pipe, guidance_interval=(0.0, 1.0)), latents_of(pipe))
-
-
-def test_the_unconditional_half_is_computed_inside_the_interval_only(pipe):
-    rows = count_rows(pipe.unet.conv_in)
-    latents_of(pipe, ["rain", "dog"], num_inference_steps=10, guidance_interval=(0.2, 0.6))
-    assert rows == [2, 2, 4, 4, 4, 4, 2, 2, 2, 2]
-
-
-def test_after_the_interval_the_prediction_is_the_conditional_one(pipe):
-    expected = latents_of(pipe, callback_on_step_end=SDCFGCutoffCallback(0.5))  # turns it off after step 2 of 0 to 3
-    assert torch.equal(latents_of(pipe, guidance_interval=(0.0, 0.7)), expected)
-    assert not torch.equal(latents_of(pipe), expected)
-
-
-def test_before_the_interval_nothing_is_guided(pipe):
-    def first_steps(**options):
-        steps = []
-        callback = lambda pipe, i, t, tensors: steps.append(tensors["latents"]) or {}  # noqa: E731
-        latents_of(pipe, callback_on_step_end=callback, **options)
-        return steps
-
-    late, never = first_steps(guidance_interval=(0.5, 1.0)), first_steps(guidance_scale=1.0)
-    assert [torch.equal(a, b) for a, b in zip(late, never)] == [True] * 2 + [False] * 2
-
-
-@pytest.mark.parametrize(
-    "name, config, num_inference_steps, expected",
-    [
-        ("heun", {}, 4, [1, 1, 2, 2, 1, 1, 1]),
-        ("pndm", {"skip_prk_steps": True}, 4, [1, 1, 2, 1, 1]),
-        ("pndm", {"skip_prk_steps": False}, 8, [1] * 4 * 2 + [2] * 4 + [2] + [1] * 4),
-    ],
-)
-def test_all_evaluations_of_a_step_are_guided_or_none(pipe, name, config, num_inference_steps, expected):
-    use_scheduler(pipe, name, **config)
-    rows = count_rows(pipe.unet.conv_in)
-    latents_of(pipe, num_inference_steps=num_inference_steps, guidance_interval=(0.25, 0.5))
-    assert rows == expected
-
-
-def test_the_interval_is_of_the_steps_that_strength_leaves(pipe):
-    use_scheduler(pipe, "ddim")
-    rows = count_rows(pipe.unet.conv_in)
-    audio = torch.sin(torch.arange(4800) / 5)
-    options = {"num_inference_steps": 6, "strength": 0.5, "guidance_interval": (0.0, 0.4)}
-    latents_of(pipe, audio=audio, audio_sampling_rate=16000, **options)
-    assert rows == [2, 2, 1]
-
-
-def test_windows_and_moving_prompts_have_an_interval(pipe):
-    rows = count_rows(pipe.unet.conv_in)
-    latents_of(pipe, MOVING, num_inference_steps=2, guidance_interval=(0.5, 1.0), **LONG)
-    assert rows == [2] * 3 + [3] * 3
-
-
-@pytest.mark.parametrize("option", ["guidance_scale", "guidance_interval"])
-def test_unguided_steps_are_not_rescaled(pipe, option):
-    options = {"guidance_scale": {"guidance_scale": 1.0}, "guidance_interval": {"guidance_interval": (0.9, 1.0)}}
-    latents = latents_of(pipe, guidance_rescale=0.7, **options[option])  # 3 / 4 < 0.9: not one guided step
-    assert torch.equal(latents, latents_of(pipe, guidance_scale=1.0))
-
-
-def test_the_interval_has_no_effect_without_guidance_and_on_distilled_unets(components):
-    torch.manual_seed(0)
-    plain = TangoPipeline(**components)
-    unet = UNet2DConditionModel.from_config(components["unet"].config, time_cond_proj_dim=8).eval()
-    for pipe, guidance_scale in ((plain, 1.0), (TangoPipeline(**components | {"unet": unet}), 4.0)):
-        latents = latents_of(pipe, guidance_scale=guidance_scale, guidance_interval=(0.0, 0.5))
-        assert torch.equal(latents, latents_of(pipe, guidance_scale=guidance_scale))
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_text_that_a_callback_changes_is_read_in_the_next_step(pipe, in_place):
-    def forget(pipe, i, t, tensors):
-        if in_place:
-            tensors["prompt_embeds"].zero_()
-            return {}
-        return {"prompt_embeds": torch.zeros_like(read[0])}
-
-    read = []
-    pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
-    names = ["prompt_embeds"] if in_place else ["latents"]
-    latents_of(pipe, callback_on_step_end=forget, callback_on_step_end_tensor_inputs=names)
-    assert [bool(each.any()) for each in read] == [True, False, False, False]
-
-
-@pytest.mark.parametrize(
-    "interval",
-    [0.5, (0.5,), (0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (0, float("nan")), (False, True), "01"],
-)
-def test_a_bad_interval_is_named(pipe, interval):
-    with pytest.raises(ValueError, match="`guidance_interval`"):
-        latents_of(pipe, guidance_interval=interval)
-
-
-# DeepCache
+from pipeline_tango import TangoPipeline
 
 
 def small_unet(blocks, **config):
@@ -218,7 +84,7 @@ def test_interval_1_and_a_disabled_cache_change_no_bit(pipe):
 )
 def test_the_rest_comes_from_the_last_full_evaluation(pipe, options):
     options = dict(options)
-    use_scheduler(pipe, options.pop("scheduler", "ddim"))
+    set_scheduler(pipe, options.pop("scheduler", "ddim"))
     latents, expected = deep_cache_and_replay(pipe, 3, options.pop("num_windows", 1), **options)
     assert torch.equal(latents, expected)
 
@@ -235,7 +101,7 @@ def test_the_rest_comes_from_the_last_full_evaluation(pipe, options):
     ],
 )
 def test_everything_is_computed_once_in_an_interval(pipe, scheduler, interval, options, expected):
-    use_scheduler(pipe, scheduler)
+    set_scheduler(pipe, scheduler)
     pipe.enable_deep_cache(interval)
     shallow, deep = count_rows(pipe.unet.conv_out), count_rows(pipe.unet.mid_block.resnets[0])
     latents_of(pipe, num_inference_steps=7, **options)
@@ -437,100 +303,3 @@ def test_the_text_of_a_full_sized_unet_is_projected_for_little():
                 if name.endswith(("attn2.to_k", "attn2.to_v")):
                     module(text)
     assert 0.001 < counter.get_total_flops() / 1.6e12 < 0.0025
-
-
-# Attention in blocks
-
-
-def attend_in_blocks(pipe):
-    pipe.unet.set_attn_processor(BlockedAttnProcessor())
-
-
-@pytest.mark.parametrize("max_scores", [1, 700, 2**22])  # single queries, a last block that is shorter, one block
-def test_blocks_attend_as_the_whole(pipe, monkeypatch, max_scores):
-    monkeypatch.setattr(pipeline_tango, "MAX_BLOCK_SCORES", max_scores)
-    expected = latents_of(pipe, ["rain", "a dog barks"])
-    pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
-    expected_with_lora = latents_of(pipe, ["rain", "a dog barks"])
-    assert not torch.allclose(expected_with_lora, expected, atol=1e-2)
-    attend_in_blocks(pipe)
-    assert torch.allclose(latents_of(pipe, ["rain", "a dog barks"]), expected_with_lora, atol=1e-4)
-    pipe.unet.delete_adapters("default")
-    assert torch.allclose(latents_of(pipe, ["rain", "a dog barks"]), expected, atol=1e-4)
-
-
-def test_only_self_attention_is_in_blocks(pipe):
-    attend_in_blocks(pipe)
-    calls = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.nn.functional,
-            "scaled_dot_product_attention",
-            lambda query, key, *args, **kwargs: calls.append(key.shape[2]) or attend(query, key, *args, **kwargs),
-        )
-        latents_of(pipe)
-        assert calls and max(calls) < 16  # tokens of text; those of the latents are many more
-        with torch.enable_grad():
-            unet = pipe.unet.train()
-            text = torch.randn(1, 5, unet.config.cross_attention_dim)
-            unet(torch.randn(1, unet.config.in_channels, 8, 16), 1, text)[0].sum().backward()
-        assert max(calls) >= 16 and all(each.grad is not None for each in unet.parameters() if each.requires_grad)
-
-
-def test_a_compiled_unet_attends_whole(components):
-    pipe = TangoPipeline(**components)
-    expected = latents_of(pipe)
-    attend_in_blocks(pipe)
-    torch._dynamo.reset()
-    backend = torch._dynamo.testing.CompileCounter()
-    pipe.unet.compile(backend=backend, fullgraph=True)
-    assert torch.allclose(latents_of(pipe), expected, atol=1e-4)
-    num_graphs = backend.frame_count
-    for seconds in (0.4, 0.5, 0.6):
-        latents_of(pipe, audio_length_in_s=seconds)
-    assert backend.frame_count <= num_graphs + 1  # one for all other lengths
-
-
-# No work twice, no waiting
-
-
-def test_each_text_is_encoded_once(pipe):
-    rows = []
-    pipe.text_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True
-    )
-    prompts = ["rain", "dog", "rain", "a dog and rain"]
-    with torch.no_grad():
-        outputs = pipe.encode_prompt(prompts, num_waveforms_per_prompt=2)
-    assert rows == [3, 1]
-    for prompt_row, prompt in enumerate(prompts):
-        with torch.no_grad():
-            alone = pipe.encode_prompt(prompt)
-        for take in range(2):
-            for together, each in zip(outputs, alone):
-                num_tokens = each.shape[1]
-                assert torch.allclose(together[2 * prompt_row + take, :num_tokens], each[0], atol=1e-5)
-    rows.clear()
-    latents_of(pipe, MOVING, num_inference_steps=1, num_waveforms_per_prompt=3, **LONG)
-    assert rows == [2, 1]
-
-
-@pytest.mark.parametrize("scheduler, cached", [("ddpm", False), ("dpm++", True), ("heun", True)])
-def test_no_step_waits_for_the_device(scheduler, cached):
-    # a tensor on the meta device has no values: reading one raises, where a GPU would be waited for
-    components = build_components()
-    names = ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask")
-    with torch.no_grad():
-        texts = dict(zip(names, TangoPipeline(**components).encode_prompt(["rain", "dog"])))
-    for name in ("unet", "vae", "vocoder"):
-        components[name].to("meta")
-    pipe = TangoPipeline(**components | {"text_encoder": None})
-    use_scheduler(pipe, scheduler)
-    if cached:
-        pipe.enable_deep_cache(2)
-    steps = []
-    options = {"callback_on_step_end": lambda pipe, i, t, tensors: steps.append(i) or {}, **texts}
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        pipe(num_inference_steps=3, guidance_interval=(0.0, 0.5), output_type="latent", **options)
-    assert steps == list(range(pipe.num_timesteps))  # all of them are done before the result is looked at

@@ -1,0 +1,22 @@
+"""JSON files that hold one object: reading with errors that name the file, and writing."""
+
+import json
+
+
+def read_json(path):
+    """The JSON object in `path`; a ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def write_json(path, content):
+    """Write `content` to `path`, whose folder is created if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,65 @@
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from evaluation_runs import NAMES, copy_recordings, read_results, value_of
+
+from training.evaluation.items import Item
+from training.evaluation.listeners import load_listener
+from training.evaluation.measuring import Classes, best_of, set_level
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_only_so_much_of_a_recording_is_heard_as_was_generated(measure, recordings, tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    for name in NAMES:
+        waveform, rate = soundfile.read(recordings.parent / f"{name}.wav", frames=8000)
+        soundfile.write(short / f"{name}.wav", waveform, rate)
+    rows = read_results(measure("--generated", short))
+    assert value_of(rows, "frechet", system="short") == pytest.approx(0, abs=1e-9)
+    rows = read_results(measure("--generated", short, "--max_length_in_s=0.75", output="longer"))
+    assert value_of(rows, "frechet", system="short") > 1e-3
+
+
+def test_the_level_counts_only_if_asked_for():
+    waveform = torch.sin(torch.arange(1000) / 9) + 0.3
+    for level, peak in (("peak", 0.5), ("own", float((waveform - waveform.mean()).abs().max()))):
+        heard = set_level(waveform, level)
+        assert heard.mean() == pytest.approx(0, abs=1e-6) and heard.abs().max() == pytest.approx(peak, abs=1e-6)
+    assert set_level(torch.zeros(9), "peak").abs().max() == 0
+
+
+def test_sounds_are_paired_by_their_names_and_never_by_order(measure, recordings, tmp_path):
+    turned = copy_recordings(recordings, tmp_path / "turned", NAMES[1:] + NAMES[:1])
+    rows = read_results(measure("--generated", turned, "--prompts", recordings))
+    assert value_of(rows, "frechet", system="turned") == pytest.approx(0, abs=1e-9)  # the same set
+    assert value_of(rows, "kl_sigmoid", system="turned") > 0.1  # but none is its own reference
+
+
+def test_takes_compete_only_with_takes_of_their_own_prompt():
+    """In diffusers' issue 13602 the scores of a batch are sorted over all its prompts."""
+    items = [Item(id, take=take) for take in (1, 2, 3) for id in ("quiet", "loud")]
+    scores = np.array([0.1, 5.0, 0.3, 7.0, 0.2, 6.0])  # every take of "loud" beats every one of "quiet"
+    assert [(items[i].id, items[i].take) for i in best_of(items, scores, 3)] == [("quiet", 2), ("loud", 2)]
+    assert [(items[i].id, items[i].take) for i in best_of(items, scores, 1)] == [("quiet", 1), ("loud", 1)]
+    nothing = np.full(6, math.nan)
+    assert [items[i].take for i in best_of(items, nothing, 3)] == [1, 1]
+    assert [items[i].take for i in best_of(items, np.zeros(6), 3)] == [1, 1]
+    shuffled = [4, 1, 5, 0, 3, 2]
+    chosen = best_of([items[i] for i in shuffled], scores[shuffled], 3)
+    assert {(items[shuffled[i]].id, items[shuffled[i]].take) for i in chosen} == {("quiet", 2), ("loud", 2)}
+
+
+def test_labels_and_words_find_the_classes_of_a_listener(yamnet_folder):
+    listener = load_listener("yamnet", str(yamnet_folder))
+    listener.class_names = ["Dog", "Rain", "Vehicle horn, car horn, honking", "Bird", "Walk, footsteps"]
+    listener.class_ids = ["/m/1", "/m/2", "/m/3", "/m/4", "/m/5"]
+    classes = Classes(listener, {"pets": ["Dog", "/m/4"]})
+    assert classes.of_labels(["rain", "/m/3", "pets", "unknown"]) == {0, 1, 2, 3}
+    assert classes.of_text("Dogs bark as a car honks") == {0, 2}
+    assert classes.of_text("A birdhouse and a train") == set()

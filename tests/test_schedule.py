@@ -1,0 +1,200 @@
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, build_components, largest_difference, noise, seeds
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers import schedulers as diffusers_schedulers
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from pipeline_tango import SCHEDULERS
+from pipeline_tango.schedule import Schedule
+
+
+# Schedulers
+
+
+def all_schedulers():
+    return [scheduler.name for scheduler in KarrasDiffusionSchedulers] + ["LCMScheduler", "TCDScheduler"]
+
+
+@pytest.mark.parametrize("name", all_schedulers())
+def test_every_scheduler_runs_by_from_config(pipe, name):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    pipe.scheduler = getattr(diffusers_schedulers, name).from_config(pipe.scheduler.config)
+    calls, steps = [], []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: calls.append(args[1]), with_kwargs=True)
+
+    def count(pipe, step, timestep, callback_kwargs):
+        steps.append(step)
+        return callback_kwargs
+
+    audio = pipe(
+        ["rain", "dog"],
+        num_inference_steps=4,
+        audio_length_in_s=0.3,
+        generator=seeds(1, 2),
+        callback_on_step_end=count,
+    ).audios
+    assert np.isfinite(audio).all() and np.abs(audio).max() > 0.01
+    assert largest_difference(audio[0], audio[1]) > 1e-3
+    assert steps == list(range(len(pipe.scheduler.timesteps))) and len(calls) == pipe.num_timesteps
+    if pipe.scheduler.config.prediction_type != "v_prediction":
+        pytest.fail("the prediction type was lost on the way")
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc", "heun", "pndm"])
+def test_many_steps_of_deterministic_schedulers_converge_to_one_sound(pipe, name):
+    # the probability-flow ODE has one solution: schedulers that solve it agree when steps are small
+    def run(scheduler, num_inference_steps):
+        pipe.scheduler = scheduler.from_config(config, timestep_spacing="trailing")
+        return pipe(
+            "rain",
+            num_inference_steps=num_inference_steps,
+            audio_length_in_s=0.3,
+            generator=seeds(0),
+            output_type="latent",
+        ).audios
+
+    config = pipe.scheduler.config
+    reference = run(DPMSolverMultistepScheduler, 200)
+    coarse = run(SCHEDULERS["ddim"], 2)
+    fine = run(SCHEDULERS[name], 100)
+    assert (fine - reference).std() < 0.3 * (coarse - reference).std()
+
+
+def test_flow_matching_schedulers_get_a_clear_error(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="`scheduler`.*flow-matching"):
+        pipe("rain", **SHORT)
+    pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="`scheduler`.*flow_prediction"):
+        pipe("rain", **SHORT)
+
+
+def test_custom_timesteps_and_sigmas(pipe):
+    config = pipe.scheduler.config
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(int(args[1])), with_kwargs=True)
+    pipe("rain", timesteps=[900, 500, 100], audio_length_in_s=0.3)
+    assert seen == [900, 500, 100]
+    pipe.scheduler = EulerDiscreteScheduler.from_config(config)
+    assert np.isfinite(pipe("rain", sigmas=[14.0, 3.0, 0.5, 0.0], audio_length_in_s=0.3).audios).all()
+    pipe.scheduler = SCHEDULERS["ddim"].from_config(config)
+    with pytest.raises(ValueError, match="`timesteps` cannot be set"):
+        pipe("rain", timesteps=[900, 500, 100], audio_length_in_s=0.3)
+
+
+def test_1000_steps_that_would_start_beyond_training_are_refused(pipe):
+    with pytest.raises(ValueError, match="`num_inference_steps` of 1000"):
+        pipe("rain", num_inference_steps=1000, audio_length_in_s=0.3)
+
+
+def test_too_few_steps_for_pndms_warm_up_are_refused(pipe):
+    pipe.scheduler = SCHEDULERS["pndm"].from_config(pipe.scheduler.config, skip_prk_steps=False)
+    with pytest.raises(ValueError, match="`num_inference_steps`.*at least 4"):
+        pipe("rain", num_inference_steps=3, audio_length_in_s=0.3)
+    pipe.scheduler = SCHEDULERS["pndm"].from_config(pipe.scheduler.config, skip_prk_steps=True)
+    assert np.isfinite(pipe("rain", num_inference_steps=1, audio_length_in_s=0.3).audios).all()
+
+
+def test_eta_reaches_ddim_and_leaves_tcd_its_own_default(pipe):
+    config = pipe.scheduler.config
+    for name, explicit in (("DDIMScheduler", 0.0), ("TCDScheduler", 0.3)):
+        pipe.scheduler = getattr(diffusers_schedulers, name).from_config(config)
+        runs = {
+            eta: pipe("rain", eta=eta, generator=seeds(0), output_type="latent", **SHORT).audios
+            for eta in (None, explicit, 0.9)
+        }
+        assert torch.equal(runs[None], runs[explicit])
+        assert largest_difference(runs[None], runs[0.9]) > 1e-3
+
+
+def know_the_answer(pipe, monkeypatch, answer):
+    """Let the UNet predict the velocity towards `answer`: a scheduler that is started rightly ends there."""
+    alphas = pipe.scheduler.alphas_cumprod.double()
+
+    def forward(latents, timestep, **kwargs):
+        below = int(timestep)
+        share = float(timestep) - below
+        alpha_squared = torch.lerp(alphas[below], alphas[min(below + 1, 999)], share)
+        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        rows = answer.repeat(len(latents) // len(answer), 1, 1, 1)
+        return ((alpha * (latents - alpha * rows) / sigma - sigma * rows).float(),)
+
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+
+
+# Audio to audio
+
+
+def starting_midway():
+    names = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    # LMS cannot, EDM Euler is not for this UNet at any strength (its timesteps are logarithms of noise levels)
+    return sorted({*names, "LCMScheduler", "TCDScheduler"} - {"LMSDiscreteScheduler", "EDMEulerScheduler"})
+
+
+def start_midway(pipe, call, monkeypatch, strength, num_inference_steps):
+    """How far from where it should a variation ends, when as many steps are taken as `strength` says."""
+    answer = torch.randn(1, 4, 8, 16, generator=seeds(1)[0])
+    know_the_answer(pipe, monkeypatch, answer)
+    steps = []
+    latents = call(
+        pipe=pipe,
+        audio=noise(5000),
+        strength=strength,
+        num_inference_steps=num_inference_steps,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, kwargs: steps.append(step) or {},
+    )
+    assert pipe.num_timesteps == len(steps) <= num_inference_steps * strength * pipe.scheduler.order + 1
+    return (latents - answer).abs().max()
+
+
+@pytest.mark.parametrize("name", starting_midway())
+@pytest.mark.parametrize("strength", [0.3, 0.55, 1.0])
+def test_every_scheduler_starts_where_strength_says(pipe, call, monkeypatch, name, strength):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe.scheduler = getattr(diffusers_schedulers, name).from_config(pipe.scheduler.config, **options)
+    # those that end above zero noise, or average velocities of several timesteps, do so without audio too
+    tolerance = {"DEISMultistepScheduler": 0.3, "TCDScheduler": 0.3, "PNDMScheduler": 0.3}.get(name, 1e-3)
+    assert start_midway(pipe, call, monkeypatch, strength, 20) < tolerance
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("num_inference_steps", [20, 100])  # of 100, many have the timestep of another
+def test_karras_sigmas_start_where_strength_says(pipe, call, monkeypatch, name, num_inference_steps):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    assert start_midway(pipe, call, monkeypatch, 0.3, num_inference_steps) < 0.1
+
+
+def test_schedulers_that_cannot_start_midway_say_so(pipe, call):
+    config = pipe.scheduler.config
+    pipe.scheduler = diffusers_schedulers.LMSDiscreteScheduler.from_config(config)
+    with pytest.raises(ValueError, match="`strength`.*LMS"):
+        call(pipe=pipe, audio=noise(5000), strength=0.5)
+    pipe.scheduler = SCHEDULERS["pndm"].from_config(config, skip_prk_steps=False)
+    with pytest.raises(ValueError, match="`strength`.*PNDM"):
+        call(pipe=pipe, audio=noise(5000), strength=0.5, num_inference_steps=8)
+    assert np.isfinite(call(pipe=pipe, audio=noise(5000), strength=1.0, num_inference_steps=8)).all()
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_schedule_takes_its_fraction_of_the_steps_as_often_as_it_is_started(name, strength):
+    options = {"skip_prk_steps": True} if name == "pndm" else {}
+    scheduler = SCHEDULERS[name].from_config(build_components()["scheduler"].config, **options)
+    schedule = Schedule(scheduler, 10, strength=strength, adds_noise=True)
+    timesteps = schedule.timesteps
+    assert (schedule.num_all_steps, schedule.num_steps) == (10, round(10 * strength))
+    assert sum(schedule.ends_step(i) for i in range(len(timesteps))) >= schedule.num_steps
+    progress = [schedule.progress(i) for i in range(len(timesteps))]
+    assert progress == sorted(progress) and progress[0] == 0 and 1 - 1 / schedule.num_steps == progress[-1]
+    schedule.restart()
+    assert torch.equal(schedule.timesteps, timesteps)

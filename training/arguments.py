@@ -1,0 +1,169 @@
+"""Flags that the training scripts share, and their checks."""
+
+import argparse
+import sys
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from diffusers.optimization import SchedulerType
+
+from .data import ClipSources
+
+
+# piecewise_constant needs rules that no flag gives
+LR_SCHEDULERS = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where there is one that the help text does not name itself."""
+
+    def _get_help_string(self, action):
+        if any(action.default is each for each in (None, False)) or action.default in ("", []):
+            return action.help
+        if "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def program_name(module):
+    """How `--help` names a script, after how it was started: its console script, or `python -m` and the module."""
+    started = Path(sys.argv[0]).stem
+    return started if started.startswith("tango-") else f"python -m {module}"
+
+
+def build_parser(module, description, launch=True):
+    """A parser for the script `module`, which `accelerate launch` may start too."""
+    if launch:
+        description += f" Run it directly, or by `accelerate launch -m {module}` on several processes and machines."
+    return argparse.ArgumentParser(prog=program_name(module), description=description, formatter_class=HelpFormatter)
+
+
+def add_data_arguments(parser, description=None):
+    """Which sounds a script trains on. Returns the group, for what else the script asks of them."""
+    data = parser.add_argument_group("data", description)
+    data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
+    data.add_argument("--validation_manifest", help="the same for validation (default: none)")
+    data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
+    data.add_argument("--dataset_split", default="train", help="its split")
+    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
+    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds count as bad data")
+    data.add_argument(
+        "--on_bad_data", choices=("skip", "refuse"), default="skip", help="skip bad data, or refuse to train"
+    )
+    data.add_argument("--max_train_samples", type=int, help="train on a fixed random subset of this many clips")
+    return data
+
+
+def clip_sources(args):
+    """The `ClipSources` that the flags of `add_data_arguments` describe."""
+    return ClipSources(**{field.name: getattr(args, field.name) for field in fields(ClipSources)})
+
+
+def add_lora_arguments(group):
+    group.add_argument("--lora_rank", type=int, help="train LoRA layers of this rank instead of the whole UNet")
+    group.add_argument(
+        "--lora_alpha", type=float, help="alpha of LoRA, which scales by alpha / rank (default: the rank)"
+    )
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout probability before LoRA layers")
+    group.add_argument(
+        "--lora_targets",
+        nargs="+",
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        help="names of the layers that get LoRA",
+    )
+    group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
+
+
+def add_ema_arguments(group, ema_decay):
+    group.add_argument(
+        "--use_ema", action="store_true", help="keep an exponential moving average of the weights and save it"
+    )
+    group.add_argument("--ema_decay", type=float, default=ema_decay, help="decay of the moving average")
+
+
+def add_pool_argument(group):
+    group.add_argument(
+        "--pool_frames",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="numbers of frames to average the error of the VAE's decoder over before its absolute value is taken; "
+        "the loss is the mean over these. With 1 8 64 a lasting error of timbre weighs more than a short one",
+    )
+
+
+def add_optimisation_arguments(parser):
+    """AdamW, its schedule, and the length of a run. Returns the group. A script sets its own defaults."""
+    steps = parser.add_argument_group("optimisation", "steps are optimizer steps, whatever the accumulation")
+    steps.add_argument("--train_batch_size", type=int, default=4, help="clips per process and accumulation step")
+    steps.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients are averaged for one step"
+    )
+    steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
+    steps.add_argument("--num_train_epochs", type=int, default=40, help="passes over the data")
+    add_schedule_arguments(steps)
+    steps.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    return steps
+
+
+def add_schedule_arguments(steps):
+    """The flags of AdamW and its schedule that every script has."""
+    steps.add_argument("--learning_rate", type=float, default=3e-5, help="peak learning rate")
+    steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="its schedule")
+    steps.add_argument("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up")
+    steps.add_argument("--adam_beta1", type=float, default=0.9, help="beta 1 of AdamW")
+    steps.add_argument("--adam_beta2", type=float, default=0.999, help="beta 2 of AdamW")
+    steps.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
+    steps.add_argument("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
+    steps.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def add_checkpoint_arguments(parser):
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument("--output_dir", required=True, help="folder of checkpoints, log and result")
+    checkpoints.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
+    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="number to keep; older ones are removed")
+    checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+
+
+def add_report_arguments(parser):
+    """Where figures go beside the log. Returns the group."""
+    reports = parser.add_argument_group("reports")
+    reports.add_argument(
+        "--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="tracker of the figures"
+    )
+    return reports
+
+
+def check_arguments(parser, args, *counts):
+    """What every training script asks of its arguments: one source of data, a seed that is not negative, and at least
+    1 for each of `counts`."""
+    if bool(args.train_manifest) == bool(args.dataset_name):
+        parser.error("give one of --train_manifest and --dataset_name")
+    for name in counts:
+        value = getattr(args, name)
+        for count in value if isinstance(value, list) else [value]:
+            if count is not None and count < 1:
+                parser.error(f"--{name} has to be at least 1, not {count}")
+    if args.seed < 0:
+        parser.error(f"--seed has to be at least 0, not {args.seed}")
+
+
+def check_libraries(args):
+    """Refuse a run whose optional libraries are not installed.
+
+    Raises:
+        ValueError: naming the library and the extra that brings it.
+    """
+    needed = {"soundfile": "reading sounds"}
+    if args.dataset_name:
+        needed["datasets"] = "--dataset_name"
+    if getattr(args, "lora_rank", None):
+        needed["peft"] = "--lora_rank"
+    if args.report_to == "tensorboard":
+        needed["tensorboard"] = "--report_to tensorboard"
+    for library, purpose in needed.items():
+        if find_spec(library) is None:
+            raise ValueError(f'{purpose} needs {library}: pip install "pipeline-tango[train]"')

@@ -1,0 +1,158 @@
+"""The models that trainings of the UNet start from, what of them gets gradients, and how it is saved."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from safetensors.torch import load_file, save_file
+from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
+
+from pipeline_tango import TangoPipeline
+from pipeline_tango.mel import NUM_MEL_BINS
+
+from .run import shards_weights
+
+
+# SD 2.1's schedule, which the released checkpoints were trained with
+SCHEDULER_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+class Denoiser(torch.nn.Module):
+    """What gets gradients: the UNet, and the text encoder if that trains, as one module for DDP, FSDP and DeepSpeed to
+    wrap."""
+
+    def __init__(self, unet, text_encoder=None):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, noisy_latents, timesteps, text, attention_mask):
+        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains."""
+        if self.text_encoder is not None:
+            text = self.text_encoder(text, attention_mask=attention_mask)[0]
+        return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
+
+
+def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
+    """A pipeline of pretrained parts, each from its own folder or that of a pipeline, and a UNet of random weights."""
+
+    def load(cls, path, subfolder):
+        inside = (Path(path) / subfolder).is_dir()
+        return cls.from_pretrained(path, subfolder=subfolder if inside else "")
+
+    vocoder = load(SpeechT5HifiGan, vocoder, "vocoder")
+    torch.manual_seed(seed)  # of the random weights
+    return TangoPipeline(
+        vae=load(AutoencoderKL, vae, "vae"),
+        text_encoder=load(T5EncoderModel, text_encoder, "text_encoder"),
+        tokenizer=load(T5Tokenizer, text_encoder, "tokenizer"),
+        unet=UNet2DConditionModel.from_config(json.loads(Path(unet_config).read_text())),
+        scheduler=DDPMScheduler(**SCHEDULER_CONFIG),
+        vocoder=vocoder,
+        num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
+    )
+
+
+def set_schedule(pipe, prediction_type, rescale_betas_zero_snr):
+    """Change what a pipeline's scheduler says of the training: its prediction type if one is given, and whether the
+    last timestep is pure noise."""
+    config, sampler = dict(pipe.scheduler.config), type(pipe.scheduler)
+    if prediction_type:
+        config["prediction_type"] = prediction_type
+    if rescale_betas_zero_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        sampler = DDPMScheduler  # few others can
+    pipe.scheduler = sampler.from_config(config)
+
+
+def prepare_denoiser(
+    pipe, device, weight_dtype, *, lora=None, train_text_encoder=False, gradient_checkpointing=False, seed=0
+):
+    """The `Denoiser` of a pipeline in train mode, with gradients for what trains only. The models that a step needs
+    are moved to the device.
+
+    Args:
+        weight_dtype (`torch.dtype`): of large models that stay frozen; what trains is float32.
+        lora (`peft.LoraConfig`, *optional*): train these layers instead of the whole UNet, from weights by `seed`.
+    """
+    for frozen in (pipe.vae, pipe.vocoder, pipe.text_encoder, pipe.unet):
+        frozen.requires_grad_(False)
+        frozen.eval()
+    pipe.vae.to(device)
+    pipe.text_encoder.to(device, torch.float32 if train_text_encoder else weight_dtype)
+    if lora is not None:
+        pipe.unet.to(device, weight_dtype)
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(lora)
+        cast_training_params(pipe.unet, torch.float32)
+    else:
+        pipe.unet.to(device).requires_grad_(True)
+    if train_text_encoder:
+        pipe.text_encoder.requires_grad_(True)
+    if gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        if train_text_encoder:
+            pipe.text_encoder.gradient_checkpointing_enable()
+    return Denoiser(pipe.unet, pipe.text_encoder if train_text_encoder else None).train()
+
+
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def checkpoint_trained_weights_only(accelerator):
+    """Keep frozen weights out of the checkpoints: with LoRA they would be nearly all of them."""
+
+    def save(models, weights, folder):
+        if accelerator.is_main_process:
+            trained = {
+                n: p.detach() for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad
+            }
+            save_file(trained, Path(folder) / "trained.safetensors")
+        weights.clear()
+
+    def load(models, folder):
+        trained = load_file(Path(folder) / "trained.safetensors")
+        _, unexpected = accelerator.unwrap_model(models.pop()).load_state_dict(trained, strict=False)
+        if unexpected:
+            raise ValueError(f"the checkpoint has other LoRA layers than the flags ask for, such as {unexpected[0]}")
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def gather_weights(accelerator, pipe, model):
+    """Let every component of the pipeline have its whole weights, where FSDP or DeepSpeed split them. Collective:
+    every process takes part."""
+    if not shards_weights(accelerator):
+        return
+    gathered = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    for component in ("unet", "text_encoder"):
+        prefix = f"{component}."
+        state = {key.removeprefix(prefix): each for key, each in gathered.items() if key.startswith(prefix)}
+        if state:
+            getattr(pipe, component).load_state_dict(state)
+
+
+def save_lora(pipe, folder):
+    """The LoRA layers as a file that `load_lora_weights` reads."""
+    from peft.utils import get_peft_model_state_dict
+
+    TangoPipeline.save_lora_weights(
+        folder,
+        get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
