@@ -5,8 +5,8 @@
 
 The first writes 16 kHz mono FLAC files of scenes (`scenes.py`) and `data.jsonl`, a manifest for `training` with
 several captions per clip; each clip depends on the seed and its own index only, so that a larger number of clips does
-not change the first ones. `--captions_only` leaves out the sounds. The second writes recordings in the sequence that each
-prompt names, for `tango-evaluate --generated OUT`. Needs the extra `train`.
+not change the first ones. `--captions_only` leaves out the sounds. The second writes recordings in the sequence that
+each prompt names, for `tango-evaluate --generated OUT`. Needs the extra `train`.
 """
 
 import argparse
