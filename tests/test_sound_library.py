@@ -16,12 +16,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from examples.sound_library import assemble, build, captions, compose, scenes
+from examples.sound_library import assemble, build, captions, compose, probe, scenes, train_scenes
+from examples.sound_library import pack as packing
 from examples.sound_library.recordings import Recordings, read_recording
 from examples.sound_library.recordings import pressure_level_db as pressure_level_of_array
-from pipeline_tango import TangoPipeline
+from pipeline_tango import TANGO_TINY, TangoPipeline
 from training.data import read_manifest
 from training.mixing import pressure_level_db
+from training.objective import diffusion_loss, diffusion_target, min_snr_weight, snr
+from training.train_tokenizer import main as train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -489,6 +492,164 @@ def test_a_recording_that_is_missing_or_a_split_that_does_not_exist_is_named(lib
         Recordings.read(library, "heldout")
     with pytest.raises(ValueError, match="`split` .* 'validation'"):
         Recordings.read(library, "validation")
+
+
+def test_prompts_of_sequences_are_composed_of_recordings_in_their_order(recordings, library, tmp_path):
+    lines = [{"id": "bee+footsteps", "sequence": ["bee", "footsteps"]}, {"id": "x", "sequence": ["bee", "bell"]}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    flags = [str(library), str(tmp_path / "out"), "--prompts", str(prompts), "--seconds", "4"]
+    compose.main(flags)
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["bee+footsteps", "x"]
+    waveform, _ = soundfile.read(tmp_path / "out" / "bee+footsteps.flac")
+    tone = np.exp(2j * np.pi * 200 * np.arange(16000) / 16000)
+    assert abs(waveform[:16000] @ tone) > 20 * abs(waveform[-16000:] @ tone)
+    prompts.write_text(json.dumps({"id": "y", "sequence": ["bee", "snow"]}))
+    with pytest.raises(SystemExit, match="--split train has no recording of snow"):
+        compose.main(flags)
+
+
+def test_the_lists_of_prompts_differ_and_have_classes():
+    classes = json.loads((assemble.HERE / "classes.json").read_text())
+    lists = {}
+    for path in (assemble.HERE / "prompts").glob("*.jsonl"):
+        lists[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        for prompt in lists[path.stem]:
+            assert set(prompt.get("sequence", [prompt.get("category")])) <= classes.keys()
+    develop, held = ({tuple(each["sequence"]) for each in lists[name]} for name in ("pairs_develop", "pairs_held"))
+    assert len(develop) == len(held) == 24 and not develop & held
+
+
+# Training on scenes
+
+
+@pytest.fixture(scope="module")
+def packed(library, tmp_path_factory):
+    """The small library with a second recording of each kind held out, packed, and a text encoder for it."""
+    folder = tmp_path_factory.mktemp("packed")
+    recordings = Recordings.read(library)
+    rows = [row | {"split": split} for split in ("train", "heldout") for row in recordings.rows]
+    index = packing.pack(Recordings(rows, recordings.waveforms * 2, [*recordings.levels] * 2), folder / "recordings")
+    compose.main([str(library), str(folder / "captions"), "--num_clips", "60", "--captions_only"])
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--train_manifest", folder / "captions" / "data.jsonl", "--output_dir", folder / "text"]
+    flags += ["--vocab_size", 150, "--config", folder / "config.json"]
+    assert train_tokenizer([str(flag) for flag in flags]) == 0
+    return folder, index
+
+
+def test_packed_recordings_are_where_the_index_says_and_sound_as_before(packed, recordings):
+    folder, index = packed
+    samples, rows = packing.read_packed(folder / "recordings")
+    assert len(rows) == len(index) == 18 and len(samples) == sum(row["length"] for row in rows)
+    train, heldout = (packing.recordings_of(samples, rows, split) for split in ("train", "heldout"))
+    assert [row["category"] for row in train.rows] == [row["category"] for row in heldout.rows]
+    for category in ("cow", "thunder", "birds_ambience"):
+        (i,), (j,) = train.indices[category], recordings.indices[category]
+        before, after = recordings.waveforms[j], train.waveforms[i] / 32768 / packing.PEAK
+        assert len(before) == len(after) and train.levels[i] == pytest.approx(recordings.levels[j], abs=0.01)
+        assert np.corrcoef(before, after)[0, 1] > 0.8
+    assert packing.recordings_of(samples, rows, "validation") is None
+
+
+def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
+    folder, _ = packed
+    samples, index = packing.read_packed(folder / "recordings")
+    recordings = packing.recordings_of(samples, index, "train")
+    tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
+    categories = sorted(recordings.indices)
+    batches = train_scenes.SceneBatches(recordings, categories, tokenizer, {81920: (6, 1.0)}, seed=3)
+    batch, again = batches[4], batches[4]
+    assert all(np.array_equal(batch[name], again[name]) for name in batch)
+    rng = np.random.default_rng([3, 4])
+    rng.choice([81920], p=[1.0])
+    drawn = [scenes.draw_scene(rng, recordings, 81920) for _ in range(6)]
+    sounds = train_scenes.Sounds(samples, torch.zeros(17, 8), 1.0, torch.device("cpu"))
+    for scene, waveform, peak in zip(drawn, sounds.mix(batch), batch["peaks"], strict=True):
+        waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
+        expected = scenes.render(scene.events, waveforms, 81920, peak)
+        np.testing.assert_allclose(waveform, expected, atol=2e-4)
+    scene = scenes.Scene([], [], ["bee", "cow", "rain"], "sequence over background")
+    halves = batches.heard_in_halves(scene)
+    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "rain"}, {"cow", "rain"}]
+    halves = batches.heard_in_halves(scene._replace(relation="sequence of three"))
+    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "cow"}, {"cow", "rain"}]
+
+
+def test_the_loss_is_that_of_training_objective():
+    scheduler = train_scenes.DDPMScheduler(**train_scenes.SCHEDULER_CONFIG)
+    model_pred, latents, noise = torch.randn(3, 5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 3, 400, 800, 999])
+    weights = min_snr_weight(snr(scheduler.alphas_cumprod, timesteps), 5.0, "v_prediction")
+    expected = diffusion_loss(model_pred, diffusion_target(scheduler, latents, noise, timesteps), weights).mean()
+    assert torch.equal(train_scenes.v_loss(scheduler, model_pred, latents, noise, timesteps), expected)
+
+
+def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
+    vae = AutoencoderKL.from_pretrained(Path(TANGO_TINY) / "vae", torch_dtype=torch.float32)
+    mel = torch.empty(2, 1, 32, 64).uniform_(-11, 1, generator=torch.Generator().manual_seed(1))
+    cells = torch.nn.functional.pixel_unshuffle(mel, 4).movedim(1, -1)
+    matrix = train_scenes.linear_encoder(vae)
+    with torch.no_grad():
+        expected = vae.encode(mel).latent_dist.mean.movedim(1, -1)
+    assert float((cells @ matrix[:-1] + matrix[-1] - expected).abs().mean()) < 0.01 < float(expected.std()) / 100
+    with pytest.raises(ValueError, match="`vae` has to have a linear encoder"):
+        train_scenes.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
+
+
+def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed, tmp_path, capsys):
+    folder, _ = packed
+    config = json.loads((assemble.HERE / "unet_second.json").read_text())
+    config |= {"block_out_channels": [8, 16, 16], "attention_head_dim": 2, "norm_num_groups": 8}
+    (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
+    flags = [folder / "recordings", "--text_encoder", folder / "text", "--unet_config", tmp_path / "unet.json"]
+    flags += ["--output_dir", tmp_path / "run", "--batch_size", 1, "--max_steps", 2, "--num_workers", 0]
+    flags += ["--num_validation_scenes", 1, "--device", "cpu"]
+    train_scenes.main(list(map(str, flags)))
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    figures = {name: value for entry in entries for name, value in entry.items()}
+    assert figures["step"] == 2 and figures["text_steps"] == figures["decoder_steps"] == 2
+    assert figures["num_recordings"] == 18 and {"loss", "validation_sequence", "order_accuracy"} <= figures.keys()
+
+    flags = ["--pipeline", TANGO_TINY, "--components", tmp_path / "run", "--runs", tmp_path / "run"]
+    assemble.main(list(map(str, [*flags, "--output", tmp_path / "second"])))
+    pipe = TangoPipeline.from_pretrained(tmp_path / "second", dtype=torch.float32)
+    assert pipe.unet.config.cross_attention_dim == pipe.text_encoder.config.d_model == 32
+    assert len(pipe.tokenizer) < 200
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe("rain", num_inference_steps=2, audio_length_in_s=0.5).audios).all()
+    before = AutoencoderKL.from_pretrained(Path(TANGO_TINY) / "vae").state_dict()
+    after = pipe.vae.state_dict()
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name].half().float())}
+    assert changed == {"decoder", "post_quant_conv"}
+
+    probe.main([str(tmp_path / "second"), "--num_captions", "300"])
+    assert "order told" in capsys.readouterr().out
+    flags[3] = tmp_path
+    with pytest.raises(SystemExit):
+        assemble.main(list(map(str, [*flags, "--output", tmp_path / "third"])))
+    assert "has no folder unet" in capsys.readouterr().err
+
+
+def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
+    folder, _ = packed
+    flags = [str(folder / "recordings"), "--text_encoder", str(folder / "text"), "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="`cross_attention_dim` 32 of the text encoder, not 256"):
+        train_scenes.main([*flags, "--device", "cpu"])
+    for more, message in ((["--seconds", "60"], "--seconds has to be more than 79"), (["--vae", "x"], "`vae`")):
+        with pytest.raises(SystemExit):
+            train_scenes.main([*flags, *more])
+        assert message in capsys.readouterr().err
+
+
+def test_the_probe_tells_the_order_from_states_that_have_it():
+    _, pairs = probe.draw_captions(3000)
+    one_hot = np.eye(len(probe.CATEGORIES))
+    order, both, number = probe.probe(np.c_[one_hot[pairs[:, 0]], one_hot[pairs[:, 1]]], pairs)
+    assert order == both == 1 and 300 < number < 900
+    order, both, _ = probe.probe(one_hot[pairs[:, 0]] + one_hot[pairs[:, 1]], pairs)
+    assert 0.4 < order < 0.6 and both == 1
 
 
 # Assembling
