@@ -202,6 +202,12 @@ def build_parser():
         help="column of the prompts with class ids or names: a list, or comma-separated text",
     )
     figures.add_argument(
+        "--sequence_column",
+        default="sequence",
+        metavar="NAME",
+        help="column of the prompts with labels of their events, in the order in which the prompt asks for them",
+    )
+    figures.add_argument(
         "--class_map",
         metavar="FILE",
         help="JSON object: for each label, the list of the class names or ids that it stands for",

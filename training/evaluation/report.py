@@ -20,6 +20,9 @@ METRICS = {
     "inception": ("Inception score", True, 3),
     "clap": ("CLAP score", True, 3),
     "recall": ("Class recall", True, 3),
+    "sequence_recall": ("All events heard", True, 3),
+    "order": ("In order", True, 3),
+    "order_heard": ("In order where all are heard", True, 3),
 }
 # metrics that depend on the number of distinct clips, of which a resample has fewer: their intervals are centred
 CENTRED = {"frechet", "inception"}
@@ -121,6 +124,12 @@ def describe_run(
         lines += [
             "- Class recall: share of the sounds for which a label of the prompt is among the "
             f"{settings.recall_k} most probable classes."
+        ]
+    if any(row["metric"] == "sequence_recall" for row in results):
+        lines += [
+            "- Of prompts that name several events: the share of the sounds in which each event is among the "
+            f"{settings.recall_k} most probable classes, and in which the events follow each other in the order of "
+            "the prompt, by the mean times of their class probabilities."
         ]
     if any(row["seconds_per_clip"] for row in results):
         devices = ", ".join(sorted({each for system in systems for each in system.devices}))
