@@ -1,3 +1,4 @@
+import inspect
 import io
 import os
 import struct
@@ -105,7 +106,8 @@ def test_the_command_and_training_read_the_same_samples(tmp_path, monkeypatch, c
     assert np.array_equal(read_waveform(clip, 16000, 1000, 900).numpy(), samples[0, 1000:1900])
 
     monkeypatch.setattr("pipeline_tango.sound_files.find_spec", lambda name: None)
-    if container in ("WAV", "WAVEX", "RF64") and encoding in BY_SCIPY:
+    reads_rf64 = "RF64" in inspect.getsource(wavfile)  # not in the oldest supported scipy
+    if encoding in BY_SCIPY and (container in ("WAV", "WAVEX") or (container == "RF64" and reads_rf64)):
         assert np.array_equal(read_audio(path)[0], samples)
     else:
         with pytest.raises(AudioFileError, match=r"tone.*pip install .pipeline-tango\[demo\]"):
