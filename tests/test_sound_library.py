@@ -605,7 +605,7 @@ def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed,
     (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
     flags = [folder / "recordings", "--text_encoder", folder / "text", "--unet_config", tmp_path / "unet.json"]
     flags += ["--output_dir", tmp_path / "run", "--batch_size", 1, "--max_steps", 2, "--num_workers", 0]
-    flags += ["--num_validation_scenes", 1, "--device", "cpu"]
+    flags += ["--num_validation_scenes", 1, "--device", "cpu", "--dtype", "bfloat16"]
     train_scenes.main(list(map(str, flags)))
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     figures = {name: value for entry in entries for name, value in entry.items()}

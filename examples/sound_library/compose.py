@@ -23,13 +23,15 @@ from examples.sound_library.scenes import draw_scene, make_scene, render
 from pipeline_tango.sound_files import write_atomically
 
 
-def compose(recordings, index, *, num_samples, seed=0, num_captions=8):
-    """One training clip: its waveform, float32 of shape `(num_samples,)`, and its line of the manifest without
-    `location`."""
+def compose(recordings, index, *, num_samples, seed=0, num_captions=8, captions_only=False):
+    """One training clip: its waveform, float32 of shape `(num_samples,)`, or None if `captions_only`, and its line of
+    the manifest without `location`."""
     rng = np.random.default_rng([seed, index])
     scene = draw_scene(rng, recordings, num_samples, num_captions)
     captions = list(dict.fromkeys(scene.captions))
     record = {"captions": captions, "category": "+".join(scene.categories), "relation": scene.relation}
+    if captions_only:
+        return None, record
     return render(scene.events, recordings.waveforms, num_samples, rng.uniform(0.5, 0.9)), record
 
 
@@ -75,13 +77,12 @@ def main(argv=None):
     if prompts:
         print(f"{len(prompts)} sounds: {args.output}")
         return
+    options = {"seed": args.seed, "num_captions": args.num_captions, "captions_only": args.captions_only}
     lines = []
     for index in tqdm(range(args.num_clips), desc="Composing", unit="clip"):
-        waveform, record = compose(
-            recordings, index, num_samples=num_samples, seed=args.seed, num_captions=args.num_captions
-        )
+        waveform, record = compose(recordings, index, num_samples=num_samples, **options)
         location = f"{index:06d}.flac"
-        if not args.captions_only:
+        if waveform is not None:
             write_sound(args.output / location, waveform)
         lines.append(json.dumps({"location": location, **record}) + "\n")
     write_atomically(args.output / "data.jsonl", "".join(lines).encode())

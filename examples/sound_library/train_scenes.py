@@ -65,12 +65,14 @@ def parse_args(argv=None):
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
     parser.add_argument("--num_workers", type=int, default=max((os.cpu_count() or 2) - 3, 0), help="of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on CPUs float32")
     parser.add_argument("--save_every", type=float, default=90, help="seconds between two savings")
     parser.add_argument("--validate_every", type=float, default=45, help="seconds between two validations")
     parser.add_argument("--num_validation_scenes", type=int, default=48, help="held-out scenes of each kind")
     parser.add_argument("--max_steps", type=int, default=10**9, help="of each of the three parts")
     parser.add_argument("--max_recordings", type=int, help="read about so many recordings only")
     args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.seconds <= args.text_seconds + args.decoder_seconds + SAVING_IN_S:
         parser.error(
             f"--seconds has to be more than {args.text_seconds + args.decoder_seconds + SAVING_IN_S:g}: those of the "
@@ -367,7 +369,7 @@ def train_text(models, batches, validation, categories, args, log):
         batch = next(batches)
         ids, mask, halves = (torch.from_numpy(batch[name]).to(device) for name in ("ids", "mask", "halves"))
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (number + 1) / 50)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = models.text_losses(ids, mask, halves)[1].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -397,7 +399,8 @@ def faster_layout(models, sounds, batch):
 
 
 class Average:
-    """bfloat16 models whose optimizer has the weights in float32, and their exponential moving average."""
+    """The weights of the models in float32, which are optimized whatever the models' dtype, and their exponential
+    moving average."""
 
     def __init__(self, models, learning_rate, decay):
         self.parameters, self.decay = models.parameters(), decay
@@ -429,7 +432,7 @@ def train_denoiser(models, sounds, batches, validation, categories, args, log):
     """Train UNet and text encoder together, until what the decoder needs of the time is left. Saves the averages."""
     device = models.empty_ids.device
     for model in (models.unet, models.text_encoder, models.heads):
-        model.to(torch.bfloat16)
+        model.to(getattr(torch, args.dtype))
     if device.type == "cuda":
         layout, seconds = faster_layout(models, sounds, next(batches))
         models.unet.to(memory_format=layout)
@@ -514,7 +517,7 @@ def train_decoder(vae, sounds, batches, validation, args, log):
         optimizer.param_groups[0]["lr"] = 4e-4 * min(1, (step + 1) / 50) * decayed
         with torch.no_grad():
             latents = vae.encode(mel).latent_dist.sample()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             decoded = vae.decode(latents).sample
         loss = (decoded.float() - mel).abs().mean()
         loss.backward()
