@@ -27,6 +27,7 @@ from pipeline_tango import SCHEDULERS, TangoPipeline  # noqa: E402
 # models this small only lose by sharing work between threads; and bytes can depend on the number of threads
 torch.set_num_threads(1)
 
+
 CONTRACT = {  # what .ci/contract runs with other versions of the libraries
     "test_checks",
     "test_convert_tango",
@@ -255,32 +256,6 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def shared_pipe():
-    pipe = TangoPipeline(**build_components())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def guarded_pipe():
-    """A pipeline whose models must not run."""
-    pipe = TangoPipeline(**build_components())
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder):
-        model.register_forward_pre_hook(lambda *args: pytest.fail("a model ran before the inputs were checked"))
-    return pipe
-
-
-@pytest.fixture
-def call(shared_pipe):
-    """Calls the pipeline with `audio` at 16 kHz and seed 0, and returns the sounds or latents."""
-
-    def run(prompt="rain", audio=None, pipe=shared_pipe, **options):
-        if audio is not None:
-            options = {"audio": audio, "audio_sampling_rate": RATE} | options
-        return pipe(prompt, **({"generator": seeds(0)[0]} | QUICK | options)).audios
-
-
 @pytest.fixture(scope="session")
 def short_folder(tmp_path_factory):
     """As `tiny_folder`, with clips of 0.32 s. Shared by the session: never write into it."""
@@ -312,5 +287,33 @@ def measure(yamnet_folder, recordings, tmp_path):
         flags += [f"--references={references}"] if references else []
         assert main([str(flag) for flag in [*flags, "--num_resamples=20", "--device=cpu"]]) == status
         return tmp_path / output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared_pipe():
+    pipe = TangoPipeline(**build_components())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def guarded_pipe():
+    """A pipeline whose models must not run."""
+    pipe = TangoPipeline(**build_components())
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae, pipe.vocoder):
+        model.register_forward_pre_hook(lambda *args: pytest.fail("a model ran before the inputs were checked"))
+    return pipe
+
+
+@pytest.fixture
+def call(shared_pipe):
+    """Calls the pipeline with `audio` at 16 kHz and seed 0, and returns the sounds or latents."""
+
+    def run(prompt="rain", audio=None, pipe=shared_pipe, **options):
+        if audio is not None:
+            options = {"audio": audio, "audio_sampling_rate": RATE} | options
+        return pipe(prompt, **({"generator": seeds(0)[0]} | QUICK | options)).audios
 
     return run
