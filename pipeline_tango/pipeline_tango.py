@@ -312,12 +312,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """The UNet's [`DeepCache`], `None` if it has none."""
         return find_deep_cache(self.unet)
 
-    def maybe_free_model_hooks(self):
-        """Offload the models after a call, and drop the features of a deep cache."""
-        super().maybe_free_model_hooks()
-        if self.deep_cache is not None:
-            self.deep_cache.reset()
-
     def save_pretrained(
         self,
         save_directory,
@@ -493,7 +487,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         check_front_end(sampling_rate, self.hop_length, self.num_mel_bins)
         input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
         check_input_audio(input_audio, stream)
-        check_strength(strength, input_audio, num_inference_steps, self.scheduler)
+        has_own_steps = timesteps is not None or sigmas is not None
+        check_strength(input_audio, None if has_own_steps else num_inference_steps, self.scheduler)
         return windows, keyframes, input_audio
 
     def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
@@ -713,10 +708,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             timesteps,
             sigmas,
             strength=1.0 if input_audio is None else input_audio.strength,
-            adds_noise=placed is not None or len(windows.spans) > 1,
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
         )
-        check_schedule(schedule)
+        check_schedule(schedule, self.unet.config.in_channels)
         self._num_timesteps = len(schedule.timesteps)
 
         # 5. Text
@@ -830,9 +824,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 latents = known.restore(latents, frames, timesteps[:1])
 
             text.selected.clear()
-            deep_cache = self.deep_cache
-            if deep_cache is not None:
-                deep_cache.reset()
+            deep_cache = None if self.deep_cache is None else self.deep_cache.for_a_call()
             with self.progress_bar(total=schedule.num_steps) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:

@@ -44,7 +44,7 @@ def window_starts(num_frames, num_frames_in_window):
     """First frames of evenly spaced windows over `num_frames`, each overlapping the next by a quarter or more."""
     if num_frames <= num_frames_in_window:
         return [0]
-    stride = num_frames_in_window * 3 // 4
+    stride = max(num_frames_in_window * 3 // 4, 1)
     num_windows = math.ceil((num_frames - num_frames_in_window) / stride) + 1
     return [round(i * (num_frames - num_frames_in_window) / (num_windows - 1)) for i in range(num_windows)]
 

@@ -190,7 +190,7 @@ def test_schedulers_that_cannot_start_midway_say_so(pipe, call):
 def test_a_schedule_takes_its_fraction_of_the_steps_as_often_as_it_is_started(name, strength):
     options = {"skip_prk_steps": True} if name == "pndm" else {}
     scheduler = SCHEDULERS[name].from_config(build_components()["scheduler"].config, **options)
-    schedule = Schedule(scheduler, 10, strength=strength, adds_noise=True)
+    schedule = Schedule(scheduler, 10, strength=strength)
     timesteps = schedule.timesteps
     assert (schedule.num_all_steps, schedule.num_steps) == (10, round(10 * strength))
     assert sum(schedule.ends_step(i) for i in range(len(timesteps))) >= schedule.num_steps
