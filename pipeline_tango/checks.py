@@ -33,6 +33,8 @@ def check_components(pipe):
         )
     if scheduler.config.get("prediction_type") == "flow_prediction":
         raise ValueError("`scheduler` has prediction_type 'flow_prediction', which does not fit this UNet.")
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError("`scheduler` has use_flow_sigmas, whose noise levels do not fit this UNet: leave it out.")
     if num_mel_bins % pipe.vae_scale_factor != 0:
         raise ValueError(
             f"`vocoder` has {num_mel_bins} mel bins, which the `vae`'s factor {pipe.vae_scale_factor} does not divide."

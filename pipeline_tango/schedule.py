@@ -88,29 +88,28 @@ class Schedule:
         self.timesteps = timesteps
 
     def rehearse(self, num_channels):
-        """Take all steps with small tensors in place of the models, since some schedulers fail midway: they index
-        beyond their last step, do not implement a combination of their options, or divide by zero.
+        """Take all steps in a copy of the scheduler, with small tensors in place of the models, since schedulers that
+        count their steps can fail midway: they index beyond the last one, do not implement a combination of their
+        options, or divide by zero.
 
         Raises:
             ValueError: if the scheduler fails, or ends in NaN or infinity.
         """
+        if not hasattr(self.scheduler, "set_begin_index"):
+            return
         generator = torch.Generator().manual_seed(0)
-        shape = (1, num_channels, 2, 2)
-        latents = torch.randn(shape, generator=generator, dtype=torch.float32) * self.scheduler.init_noise_sigma
-        prediction = torch.randn(shape, generator=generator, dtype=torch.float32)
-        step_kwargs = self.step_kwargs
-        if "generator" in step_kwargs:
-            self.step_kwargs = step_kwargs | {"generator": generator}
-        try:
-            with self._refusals(), torch.random.fork_rng(devices=[]):  # for schedulers without a generator
-                for t in self.timesteps:
-                    self.scheduler.scale_model_input(latents, t)
-                    latents = self.step(prediction, t, latents)
-        finally:
-            self.step_kwargs = step_kwargs
+        latents, prediction = torch.randn(2, 1, num_channels, 2, 2, generator=generator, dtype=torch.float32)
+        step_kwargs = self.step_kwargs | ({"generator": generator} if "generator" in self.step_kwargs else {})
+        with self._refusals(), torch.random.fork_rng(devices=[]):  # for schedulers without a generator
+            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler.set_timesteps(**self.given, device="cpu")
+            scheduler.set_begin_index(len(scheduler.timesteps) - len(self.timesteps))
+            latents = latents * scheduler.init_noise_sigma
+            for t in self.timesteps:
+                scheduler.scale_model_input(latents, t)
+                latents = scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0].float()
         if not torch.isfinite(latents).all():
             raise ValueError(f"{self._refusal} the latents become NaN or infinity.")
-        self.restart()
 
     @contextlib.contextmanager
     def _refusals(self):
@@ -160,8 +159,8 @@ def check_not_in_use(*owners):
     """No call that has not ended yet uses any of `owners`, a pipeline and its scheduler."""
     if any(getattr(owner, "_is_in_use", False) for owner in owners):
         raise RuntimeError(
-            "A call of this pipeline, or of one with the same scheduler, is not over: exhaust or `close()` its stream. "
-            "For calls at the same time, in threads or in a callback, make a pipeline that shares the models but not "
+            "A call of this pipeline, or of one with the same scheduler, is not over: exhaust or `close()` its stream."
+            " For calls at the same time, in threads or in a callback, make a pipeline that shares the models but not "
             "the scheduler: `TangoPipeline.from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
             "pipe.scheduler.config))`."
         )
