@@ -627,7 +627,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
                 audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
                 and 0 where to keep, for each sample of `audio`. The rest of the audio is kept sample for sample,
-                except for a crossfade of 20 ms beside each region.
+                except for a crossfade of 20 ms beside each region; if it goes beyond [-1, 1] there, the whole result
+                is turned down by one factor, with a warning. Only windows with something to regenerate are computed.
             frequency_mask_in_hz (`tuple[float, float]`, *optional*):
                 Band of `audio` to regenerate, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
             audio_start_in_s (`float`, *optional*, defaults to 0.0):
@@ -658,7 +659,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         Raises:
             ValueError: for a wrong argument, before any model runs.
-            RuntimeError: if the models produce NaN or infinity.
+            RuntimeError: if the models produce NaN or infinity, or if another call with this pipeline or its scheduler
+                is not over.
 
         Examples:
             >>> from pipeline_tango import TangoPipeline
@@ -711,7 +713,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             placed = place_audio(input_audio, windows.num_samples)
             check_placed_audio(placed, input_audio.strength)
             if placed.mask is not None:
-                mask = placed.latent_mask(windows.num_latent_frames, 1, self.vae_scale_factor, "cpu")
+                num_frames, num_bins = self._latent_shape(windows.num_latent_frames)[1:]
+                mask = placed.latent_mask(num_frames, num_bins, self.vae_scale_factor, "cpu")
                 windows = replace(
                     windows,
                     regenerated_frames=mask.amax((0, 1, 3)).numpy() > 0,  # (num_latent_frames,)
