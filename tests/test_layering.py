@@ -25,6 +25,7 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "prompts": set(),
     "schedule": set(),
     "single_file": set(),
+    "torch_settings": set(),
     "windows": set(),
     "json_files": set(),
     "input_audio": {"mel"},
