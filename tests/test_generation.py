@@ -147,8 +147,8 @@ def test_what_users_put_into_a_folder_of_sounds_is_neither_read_nor_removed(
     assert f"--output_dir: {folder / 'settings.json'} is not JSON" in error and "give another folder" in error
 
 
-def test_files_of_others_and_folders_in_use_are_refused(tmp_path):
-    [system] = plan_sweep({"a": "a"}, ["own"], [1], [3.0], tmp_path / "sounds")
+def test_files_of_others_and_folders_in_use_are_refused(short_folder, tmp_path):
+    [system] = plan_sweep({"a": str(short_folder)}, ["own"], [1], [3.0], tmp_path / "sounds")
     prompts, settings = [Item("rain", "rain")], GenerationSettings()
     system.folder.mkdir(parents=True)
     (system.folder / "rain-1.wav").write_bytes(b"mine")
