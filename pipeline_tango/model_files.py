@@ -114,7 +114,9 @@ def find_variants(folder, names=tuple(WEIGHTS), suffixes=("safetensors",)):
     for component, found in variants.items():
         if not found:
             path = folder / component / f"{WEIGHTS[component]}.safetensors"
-            raise ValueError(f"`{component}`: {path} is missing: {MEND}; weights of a variant need `variant`")
+            raise ValueError(
+                f"`{component}`: {path} is missing: pass `variant`, such as 'fp16', if there are no others, or {MEND}"
+            )
     candidates = [None, *sorted(set().union(*variants.values()) - {None})]
     fitting = [each for each in candidates if all(each in found or None in found for found in variants.values())]
     if not fitting:
