@@ -19,6 +19,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
+from pipeline_tango.flags import POSITIVE, check_numbers
 from pipeline_tango.original_hub import cached_commit, fetch_original, find_repo, license_of
 from pipeline_tango.presets import SCHEDULER_NAMES
 
@@ -43,8 +44,8 @@ def convert_original(source, folder, args):
     notes = [
         f"UNet and text encoder come from `{original.files['unet'].name}`, VAE and vocoder from "
         f"`{original.files['vae'].name}`.",
-        "The tensors of the mel front end have been checked against their formulas. They are kept in `original/`, for "
-        "converting back only.",
+        "The tensors of the mel front end have been checked against their formulas. They and the tokenizer's files "
+        "are kept in `original/`, for converting back only.",
     ]
     if args.dtype:
         notes.append(f"Weights were cast to {args.dtype}.")
@@ -140,13 +141,14 @@ def parse_args(argv):
     )
     group.add_argument(
         "--scaling_factor",
-        type=float,
+        type=POSITIVE,
         help="of the VAE's latents (default: that of the source, else that of the AudioLDM family, 0.9228)",
     )
     group.add_argument("--license", help="licence of the weights, for the model card (default: the source card's)")
     group.add_argument("--push_to_hub", metavar="REPO", help="put the result on the Hub as well, as OWNER/NAME")
     group.add_argument("--private", action="store_true", help="make REPO a private one if it is created")
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
     if args.to_original and (args.scheduler or args.scaling_factor or args.license or args.push_to_hub):
         parser.error("--to_original takes no --scheduler, --scaling_factor, --license or --push_to_hub")
     return args

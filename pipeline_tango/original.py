@@ -236,8 +236,7 @@ def open_original(source, *, scaling_factor=None, download=snapshot_download):
     if text_config.get("model_type") != "t5":
         raise ValueError(f"{text_encoder}: the text encoder must be a T5, got {text_config.get('model_type')!r}")
     check_vocabulary(text_encoder)
-    if scaling_factor is None:
-        scaling_factor = read_scaling_factor(layout.vae_config.get("scale_factor"))
+    scaling_factor = read_scaling_factor(layout.vae_config.get("scale_factor"), scaling_factor)
     configs = {
         "unet": find_unet_config(config["unet_model_config_path"], layout.roots),
         "text_encoder": text_config,
@@ -355,8 +354,7 @@ def open_ckpt(path, scaling_factor):
     tensors = load_first_stage(path)
     if not tensors:
         raise ValueError(f"{path} must hold tensors named `{CKPT_PREFIX}*`, got {listed(everything)}")
-    if scaling_factor is None:
-        scaling_factor = read_scaling_factor(everything.get("scale_factor"))
+    scaling_factor = read_scaling_factor(everything.get("scale_factor"), scaling_factor)
     configs = {"vae": vae_config(tensors, {}, scaling_factor), "vocoder": vocoder_config(tensors, STFT_CONFIG)}
     losses = {name for name in tensors if name.startswith("loss.")}
     wanted = {}
@@ -450,12 +448,20 @@ def save_pipeline(original, folder, pipeline_class, dtype=None, variant=None, sc
     pipeline_class(**components).save_config(folder)
     write_json(folder / "original" / "main_config.json", original.main_config)
     write_json(folder / "original" / "stft_config.json", original.stft_config)
-    stft = {name: tensor.contiguous() for name, tensor in original.stft.items()}
+    (folder / "original" / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (original.text_encoder / name).is_file():
+            shutil.copyfile(original.text_encoder / name, folder / "original" / "tokenizer" / name)
+    stft = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in original.stft.items()}
     save_file(stft, folder / "original" / "stft.safetensors")
 
 
-def read_scaling_factor(value):
-    """The VAE's scaling factor that a checkpoint has, or where it has none that of the AudioLDM family."""
+def read_scaling_factor(value, given=None):
+    """The VAE's scaling factor: the one `given`, else that of the checkpoint, else that of the AudioLDM family."""
+    if given is not None:
+        if not 0 < given < math.inf:
+            raise ValueError(f"`scaling_factor` must be a positive number, got {given!r}")
+        return given
     if value is None:
         logger.warning(
             "the checkpoint does not have the VAE's scaling factor: using %s, that of the AudioLDM family "
@@ -484,6 +490,12 @@ def vae_config(tensors, original_config, scaling_factor):
     num_levels = max(count(tensors, "encoder.down."), 1)
     has_attention = [f"encoder.down.{i}.attn.0.norm.weight" in tensors for i in range(num_levels)]
     channels = [shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
+    width = shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    if channels[0] != width:
+        raise ValueError(
+            f"the VAE's first level has {channels[0]} channels and its first convolution {width}: `ch_mult` has to "
+            "begin with 1, since AutoencoderKL has one number for both"
+        )
     factors = [width // channels[0] for width in channels]
     if ddconfig and (ddconfig["ch"], ddconfig["ch_mult"]) != (channels[0], factors):
         raise ValueError(

@@ -21,6 +21,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from numbers import Real
 from typing import Any, NamedTuple
@@ -83,11 +84,12 @@ from .mel import (  # noqa: F401
     match_mel_spectrogram,
 )
 from .model_files import check_loaded, check_savable, check_weights, find_model
-from .prompts import TextTrack
-from .schedule import SCHEDULERS, Schedule  # noqa: F401
-from .seams import composite, split_band  # noqa: F401
+from .prompts import TextTrack, describe_loss
+from .schedule import SCHEDULERS, Schedule, check_not_in_use, in_use  # noqa: F401
+from .seams import composite, split_band, used_samples  # noqa: F401
 from .single_file import single_file
-from .windows import WindowPlan, blend_windows, window_weights
+from .torch_settings import in_own_torch_settings, own_torch_settings
+from .windows import WindowPlan, blend_windows, window_weights, windows_over
 
 
 if is_torch_xla_available():
@@ -290,6 +292,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def interrupt(self):
         return self._interrupt
 
+    @own_torch_settings()
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -346,14 +349,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         outputs = []
         for text, embeds, mask in conditions:
             if embeds is None:
-                if num_tokens == self.tokenizer.model_max_length:
-                    for ids in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids:
-                        if len(ids) >= num_tokens:  # the end token takes the last place
-                            logger.warning(
-                                f"The text encoder reads at most {num_tokens} tokens. This end of the prompt was cut "
-                                f"off: {self.tokenizer.decode(ids[num_tokens - 1 :])!r}"
-                            )
                 distinct = list(dict.fromkeys(text))  # each is encoded once, as the one negative prompt of a batch
+                for sentence in (sentence for each in distinct for sentence in describe_loss(each, self.tokenizer)):
+                    logger.warning(sentence)
                 inputs = self.tokenizer(
                     distinct, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
                 )
@@ -399,12 +397,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def deep_cache(self):
         """The UNet's [`DeepCache`], `None` if it has none."""
         return find_deep_cache(self.unet)
-
-    def maybe_free_model_hooks(self):
-        """Offload the models after a call, and drop the features of a deep cache."""
-        super().maybe_free_model_hooks()
-        if self.deep_cache is not None:
-            self.deep_cache.reset()
 
     def save_pretrained(
         self,
@@ -462,9 +454,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def _latent_shape(self, num_latent_frames):
         return self.unet.config.in_channels, num_latent_frames, self.num_mel_bins // self.vae_scale_factor
 
-    def _encode_audio(self, placed, windows, num_copies, device, generator):
+    def _encode_audio(self, placed, windows, num_copies, device, generator, decoded):
         """Scaled latents of a [`PlacedAudio`], sampled from the VAE's posterior: `(batch * num_copies, channels,
-        num_latent_frames, latent mel bins)`, the copies of a clip next to each other."""
+        num_latent_frames, latent mel bins)`, the copies of a clip next to each other. Only those that windows which
+        are denoised or `decoded`, a set of first frames, have are encoded; all if that is `None`."""
         num_samples = windows.num_latent_frames * self.vae_scale_factor * self.hop_length
         mels = [log_mel_spectrogram_in_chunks(each, device) for each in placed.encoder_inputs(num_samples)]
         mel_spectrogram = torch.stack(mels)[:, None].repeat_interleave(num_copies, dim=0)  # (batch, 1, frames, bins)
@@ -472,8 +465,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         def encode(mel_windows, starts):
             return self.vae.encode(mel_windows.to(self.vae.dtype)).latent_dist.parameters.float()
 
+        length, needed = windows.num_frames_in_window, windows.starts
+        if decoded is not None:
+            read = {start for start in windows.starts if windows.is_denoised(start)} | decoded
+            needed = windows_over([(start, start + length) for start in read], windows.starts, length)
         parameters = blend_windows(
-            encode, mel_spectrogram, windows.num_frames_in_window, factor_in=self.vae_scale_factor
+            encode, mel_spectrogram, length, factor_in=self.vae_scale_factor, is_needed=set(needed).__contains__
         )
         return DiagonalGaussianDistribution(parameters).sample(generator) * self.vae.config.scaling_factor
 
@@ -491,7 +488,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """
         if noise is None:
             shape = (*mel_spectrogram.shape[:3], self.config.num_noise_channels)
-            noise = randn_tensor(shape, device=mel_spectrogram.device)
+            noise = randn_tensor(shape, device=mel_spectrogram.device, dtype=torch.float32)
         inputs = torch.cat([mel_spectrogram, noise.to(mel_spectrogram.dtype)], dim=3).squeeze(1)
         dtype = get_parameter_dtype(self.vocoder)  # not `.dtype`, which is the storage type under layerwise casting
         waveform = self.vocoder(inputs.to(dtype)).float()
@@ -592,7 +589,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         check_front_end(sampling_rate, self.hop_length, self.num_mel_bins)
         input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
         check_input_audio(input_audio, stream)
-        check_strength(strength, input_audio, num_inference_steps, self.scheduler)
+        has_own_steps = timesteps is not None or sigmas is not None
+        check_strength(input_audio, None if has_own_steps else num_inference_steps, self.scheduler)
         return windows, keyframes, input_audio
 
     def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
@@ -612,6 +610,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         num_blocks = math.ceil(num_samples / (self.hop_length * self.vae_scale_factor * self.unet_scale_factor))
         return num_blocks * self.unet_scale_factor
 
+    @own_torch_settings()
     @torch.no_grad()
     def __call__(
         self,
@@ -727,7 +726,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
                 audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
                 and 0 where to keep, for each sample of `audio`. The rest of the audio is kept sample for sample,
-                except for a crossfade of 20 ms beside each region.
+                except for a crossfade of 20 ms beside each region; if it goes beyond [-1, 1] there, the whole result
+                is turned down by one factor, with a warning. Only windows with something to regenerate are computed.
             frequency_mask_in_hz (`tuple[float, float]`, *optional*):
                 Band of `audio` to regenerate, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
             audio_start_in_s (`float`, *optional*, defaults to 0.0):
@@ -758,7 +758,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         Raises:
             ValueError: for a wrong argument, before any model runs.
-            RuntimeError: if the models produce NaN or infinity.
+            RuntimeError: if the models produce NaN or infinity, or if another call with this pipeline or its scheduler
+                is not over.
 
         Examples:
             >>> from pipeline_tango import TangoPipeline
@@ -769,8 +770,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             >>> wavfile.write("rain.wav", pipe.vocoder.config.sampling_rate, audio)
         """
         # 1. Defaults and inputs
+        check_not_in_use(self, self.scheduler)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
@@ -791,12 +795,15 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         )  # fmt: skip
         num_waveforms = len(keyframes) * num_waveforms_per_prompt
 
-        # 2. Call state
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._guidance_interval = guidance_interval
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
+        # 2. Call state, which callbacks may change
+        call_state = {
+            "_guidance_scale": guidance_scale,
+            "_guidance_rescale": guidance_rescale,
+            "_guidance_interval": guidance_interval,
+            "_cross_attention_kwargs": cross_attention_kwargs,
+            "_interrupt": False,
+        }
+        vars(self).update(call_state)
         device = self._execution_device
 
         # 3. Audio on the time line of the result
@@ -804,6 +811,14 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if input_audio is not None and input_audio.is_used:
             placed = place_audio(input_audio, windows.num_samples)
             check_placed_audio(placed, input_audio.strength)
+            if placed.mask is not None:
+                num_frames, num_bins = self._latent_shape(windows.num_latent_frames)[1:]
+                mask = placed.latent_mask(num_frames, num_bins, self.vae_scale_factor, "cpu")
+                windows = replace(
+                    windows,
+                    regenerated_frames=mask.amax((0, 1, 3)).numpy() > 0,  # (num_latent_frames,)
+                    used_samples=used_samples(placed),
+                )
 
         # 4. Schedule, before any model runs since the scheduler has conditions of its own
         schedule = Schedule(
@@ -812,11 +827,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             timesteps,
             sigmas,
             strength=1.0 if input_audio is None else input_audio.strength,
-            adds_noise=placed is not None or len(windows.spans) > 1,
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
         )
-        check_schedule(schedule)
-        self._num_timesteps = len(schedule.timesteps)
+        check_schedule(schedule, self.unet.config.in_channels)
+        call_state["_num_timesteps"] = self._num_timesteps = len(schedule.timesteps)
 
         # 5. Text
         if prompt is not None:
@@ -841,24 +855,33 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         # 6. Latents, and those that are known
         latents = self.prepare_latents(num_waveforms, windows.num_latent_frames, device, generator, latents)
-        known = self._prepare_known_latents(latents, placed, windows, generator)
+        decoded = None if output_type == "latent" else self._decoded_windows(windows)
+        known = self._prepare_known_latents(latents, placed, windows, generator, decoded)
 
-        # 7. Denoise and decode: two iterators, which run when the result is asked for
+        # 7. Denoise and decode: iterators, which run when the result is asked for
         callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        denoised = self._denoise(latents, known, text, windows, schedule, callback)
-        chunks = self._decode(denoised, windows, generator)
-        if stream:
-            return self._stream(chunks, output_type)
+        denoised = self._denoise(latents, known, text, windows, schedule, callback, call_state)
         if output_type == "latent":
-            for result, _ in denoised:
+            for result, _ in in_use(denoised, self, self.scheduler):
                 pass
         else:
-            result, num_done = torch.empty(num_waveforms, windows.num_samples, device=latents.device), 0
+            chunks = in_use(self._decode(denoised, windows, generator), self, self.scheduler)
+            if stream:
+                return in_own_torch_settings(self._stream(chunks, output_type))
+            num_done = 0
+            result = torch.empty(num_waveforms, windows.num_samples, dtype=torch.float32, device=latents.device)
             for chunk in chunks:
                 result[:, num_done : num_done + chunk.shape[1]] = chunk
                 num_done += chunk.shape[1]
             if placed is not None:
-                result = composite(result, placed, num_waveforms // len(placed.waveform))
+                num_copies = num_waveforms // len(placed.waveform)
+                result, factors = composite(result, placed, num_copies, windows.used_samples)
+                if min(factors) < 1:
+                    loud = {i: round(factor, 3) for i, factor in enumerate(factors) if factor < 1}
+                    logger.warning(
+                        f"`audio` reaches beyond [-1, 1] where it is kept. To clip nothing, waveforms were multiplied "
+                        f"by {loud}."
+                    )
         self.maybe_free_model_hooks()
 
         # 8. Result
@@ -882,12 +905,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             return audio_start_in_s + max(clips.lengths_in_s)
         return self.config.default_audio_length_in_s
 
-    def _prepare_known_latents(self, latents, placed, windows, generator):
+    def _prepare_known_latents(self, latents, placed, windows, generator, decoded):
         """[`KnownLatents`] of a [`PlacedAudio`], or of windows that go on from the one before. `None` for neither."""
         is_sequential = len(windows.spans) > 1
         if placed is not None:
             num_copies = len(latents) // len(placed.waveform)
-            known_latents = self._encode_audio(placed, windows, num_copies, latents.device, generator)
+            known_latents = self._encode_audio(placed, windows, num_copies, latents.device, generator, decoded)
         elif is_sequential:
             known_latents = torch.zeros_like(latents)
         else:
@@ -901,7 +924,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return KnownLatents(self.scheduler, known_latents, latents / self.scheduler.init_noise_sigma, mask)
 
     @torch.no_grad()
-    def _denoise(self, latents, known, text, windows, schedule, callback):
+    def _denoise(self, latents, known, text, windows, schedule, callback, call_state):
         """The denoising loop, once for each span of a [`WindowPlan`].
 
         Args:
@@ -912,12 +935,18 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             windows ([`WindowPlan`])
             schedule ([`Schedule`])
             callback ([`StepCallback`])
+            call_state (`dict`): attributes of the pipeline. A stream may begin after other calls, which change them.
 
         Yields:
             All latents, and how many frames of them are finished.
         """
+        vars(self).update(call_state)
         all_latents, spans = latents, windows.spans
         for begin, end in spans:
+            if len(spans) > 1 and not windows.is_denoised(begin):
+                all_latents[:, :, begin:end] = known.latents[:, :, begin:end]
+                yield all_latents, end
+                continue
             schedule.restart()
             timesteps = schedule.timesteps
             unet_timesteps = timesteps.float().to(latents.device)  # exact, and some devices have no float64
@@ -929,9 +958,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 latents = known.restore(latents, frames, timesteps[:1])
 
             text.selected.clear()
-            deep_cache = self.deep_cache
-            if deep_cache is not None:
-                deep_cache.reset()
+            deep_cache = None if self.deep_cache is None else self.deep_cache.for_a_call()
             with self.progress_bar(total=schedule.num_steps) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
@@ -954,7 +981,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
                     latent_model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
                     model_pred = blend_windows(
-                        predict, latent_model_input, windows.num_frames_in_window, windows.num_windows_at_once
+                        predict,
+                        latent_model_input,
+                        windows.num_frames_in_window,
+                        windows.num_windows_at_once,
+                        is_needed=windows.is_denoised,
                     )
                     latents = schedule.step(model_pred, t, latents)
                     if known is not None:
@@ -990,7 +1021,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if self.unet.config.time_cond_proj_dim is not None:
             # a guidance-distilled UNet reads w - 1 (https://huggingface.co/papers/2310.04378)
             weights = torch.full(
-                (len(latent_model_input),), (self.guidance_scale - 1) * 1000.0, device=latent_model_input.device
+                (len(latent_model_input),),
+                (self.guidance_scale - 1) * 1000.0,
+                dtype=torch.float32,
+                device=latent_model_input.device,
             )
             timestep_cond = get_timestep_embedding(
                 weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
@@ -1026,40 +1060,55 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         Yields:
             `torch.Tensor` of shape `(batch, some samples)`, `windows.num_samples` in all.
         """
-        context, starts, num_samples = self._vocoder_context(), windows.starts, windows.num_samples
-        num_windows_done = num_frames_done = 0
+        starts, num_samples, factor = windows.starts, windows.num_samples, self.vae_scale_factor
+        chunks, decoded, num_windows_done = self._chunks(windows), self._decoded_windows(windows), 0
         for latents, num_finished in denoised:
             if num_windows_done == 0:
-                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, self.num_mel_bins)
+                shape = (latents.shape[0], 1, latents.shape[2] * factor, self.num_mel_bins)
                 total, total_weights = latents.new_zeros(shape), latents.new_zeros(shape[2], 1)
                 shape = (*shape[:3], self.config.num_noise_channels)
-                noise = randn_tensor(shape, generator=generator, device=latents.device)
-            for start in starts[num_windows_done:]:
+                noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32)
+            for start, (first, chunk_start, chunk_end, ready) in zip(
+                starts[num_windows_done:], chunks[num_windows_done:]
+            ):
                 window = latents[:, :, start : start + windows.num_frames_in_window]
                 if start + window.shape[2] > num_finished:
                     break
-                mel_spectrogram = self.vae.decode(
-                    (window / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
-                )[0].float()  # (batch, 1, num_frames, num_mel_bins)
-                num_frames = mel_spectrogram.shape[2]
-                weights = window_weights(num_frames, latents.device) if len(starts) > 1 else 1.0
-                frames = slice(start * self.vae_scale_factor, start * self.vae_scale_factor + num_frames)
-                total[:, :, frames] += mel_spectrogram * weights
-                total_weights[frames] += weights
+                if start in decoded:
+                    mel_spectrogram = self.vae.decode(
+                        (window / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
+                    )[0].float()  # (batch, 1, num_frames, num_mel_bins)
+                    num_frames = mel_spectrogram.shape[2]
+                    weights = window_weights(num_frames, latents.device) if len(starts) > 1 else 1.0
+                    frames = slice(start * factor, start * factor + num_frames)
+                    total[:, :, frames] += mel_spectrogram * weights
+                    total_weights[frames] += weights
                 num_windows_done += 1
 
-                ready = end = total.shape[2]
-                if num_windows_done < len(starts):
-                    ready = starts[num_windows_done] * self.vae_scale_factor
-                    end = max(ready - context, num_frames_done)
-                first = max(num_frames_done - context, 0)
-                if end > num_frames_done and num_frames_done * self.hop_length < num_samples:
-                    waveform = self.mel_spectrogram_to_waveform(
-                        total[:, :, first:ready] / total_weights[first:ready], noise[:, :, first:ready]
-                    )  # (batch, at least num_frames * hop)
-                    stop = min(end * self.hop_length, num_samples)
-                    yield waveform[:, (num_frames_done - first) * self.hop_length : stop - first * self.hop_length]
-                    num_frames_done = end
+                first_sample, start_sample, end_sample = (
+                    min(each * self.hop_length, num_samples) for each in (first, chunk_start, chunk_end)
+                )
+                if start_sample == end_sample:
+                    continue
+                if not windows.is_used(start_sample, end_sample):
+                    yield total.new_zeros(total.shape[0], end_sample - start_sample)
+                    continue
+                waveform = self.mel_spectrogram_to_waveform(
+                    total[:, :, first:ready] / total_weights[first:ready], noise[:, :, first:ready]
+                )  # (batch, at least num_frames * hop)
+                yield waveform[:, start_sample - first_sample : end_sample - first_sample]
+
+    def _chunks(self, windows):
+        return windows.chunks(self.vae_scale_factor, self._vocoder_context())
+
+    def _decoded_windows(self, windows):
+        """First frames of the windows that are decoded, a set: those of chunks that the result depends on."""
+        ranges = [
+            (first / self.vae_scale_factor, ready / self.vae_scale_factor)
+            for first, start, end, ready in self._chunks(windows)
+            if start < end and windows.is_used(start * self.hop_length, end * self.hop_length)
+        ]
+        return set(windows_over(ranges, windows.starts, windows.num_frames_in_window))
 
     def _vocoder_context(self):
         """Half the receptive field in mel frames: half of each kernel, at the rate of its layer."""
@@ -1085,6 +1134,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 self._finite_peaks(chunk)
                 yield chunk.cpu().numpy() if output_type == "np" else chunk
         finally:
+            chunks.close()
             self.maybe_free_model_hooks()
 
     def _finite_peaks(self, audio):
@@ -1093,8 +1143,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         peaks = torch.maximum(-lowest, highest)  # (batch,), NaN where there is one
         if not torch.isfinite(peaks).all():
             broken = [i for i, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
-            raise RuntimeError(
-                f"The models produced NaN or infinity in waveform(s) {broken}. float16 overflows in some of them: use "
-                "torch.bfloat16 or torch.float32, at least for `text_encoder`, `vae` and `vocoder`."
-            )
+            models = {name: each for name, each in self.components.items() if isinstance(each, torch.nn.Module)}
+            dtypes = {name: str(get_parameter_dtype(model)).removeprefix("torch.") for name, model in models.items()}
+            advice = "Weights (of a LoRA as well), `latents` or what a callback returned may be broken."
+            if overflowing := [name for name, dtype in dtypes.items() if dtype == "float16"]:
+                advice = f"float16 overflows in some of them: use bfloat16 or float32 for {overflowing}."
+            raise RuntimeError(f"The models, in {dtypes}, produced NaN or infinity in waveform(s) {broken}. {advice}")
         return peaks

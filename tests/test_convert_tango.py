@@ -22,7 +22,7 @@ from transformers import SpeechT5HifiGan
 from convert.convert_tango import main
 from pipeline_tango import TangoPipeline
 from pipeline_tango.json_files import read_json, write_json
-from pipeline_tango.original import SCALING_FACTOR
+from pipeline_tango.original import SCALING_FACTOR, open_original
 from pipeline_tango.single_file import single_file
 
 
@@ -364,6 +364,57 @@ def full_size_checkpoint(original_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full") / "tango"
     write_full_size(original_checkpoint, folder)
     return folder
+
+
+def test_tensors_that_share_memory_in_the_source_do_not_in_the_result(source, converted, tmp_path):
+    """Views of one storage, as `torch.save` keeps them: safetensors would refuse them."""
+
+    def share(tensors):
+        names = (
+            "encoder.norm_out.weight",
+            "encoder.norm_out.bias",
+            "decoder.norm_out.weight",
+            "decoder.norm_out.bias",
+        )
+        whole = torch.cat([tensors[name] for name in names])
+        tensors |= dict(zip(names, whole.split([tensors[name].numel() for name in names])))
+
+    edit(source / "pytorch_model_vae.bin", share)
+    edit(source / "pytorch_model_stft.bin", lambda tensors: tensors.update(mel_basis=tensors["mel_basis"].T.clone().T))
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(converted)
+
+
+def test_a_tensor_under_two_names_is_saved_twice(source, tmp_path):
+    edit(
+        source / "pytorch_model_vae.bin",
+        lambda tensors: tensors.update({"encoder.norm_out.bias": tensors["encoder.norm_out.weight"]}),
+    )
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    state = AutoencoderKL.from_pretrained(tmp_path / "out" / "vae").state_dict()
+    assert torch.equal(state["encoder.conv_norm_out.bias"], state["encoder.conv_norm_out.weight"])
+
+
+def test_a_vae_whose_first_level_is_wider_than_its_first_convolution_is_refused_with_the_reason(
+    source, tmp_path, capsys
+):
+    edit(
+        source / "pytorch_model_vae.bin",
+        lambda tensors: tensors.update({"encoder.conv_in.weight": tensors["encoder.conv_in.weight"][:16].clone()}),
+    )
+    line = fails([source, tmp_path / "out"], tmp_path / "out", capsys)
+    assert "the VAE's first level has 32 channels and its first convolution 16" in line
+    assert "`ch_mult` has to begin with 1" in line
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf"])
+def test_a_scaling_factor_has_to_be_positive(value, original_checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(original_checkpoint), str(tmp_path / "out"), f"--scaling_factor={value}"])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert f"--scaling_factor has to be positive, not {float(value)}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`scaling_factor` must be a positive number"):
+        open_original(original_checkpoint, scaling_factor=float(value))
 
 
 @pytest.mark.parametrize(

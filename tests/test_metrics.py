@@ -15,6 +15,7 @@ from training.evaluation.metrics import (
     frechet_distance,
     frechet_warning,
     gaussian_bandwidth,
+    in_sequence,
     inception_score,
     interval,
     kernel_distance,
@@ -24,6 +25,7 @@ from training.evaluation.metrics import (
     kl_softmax,
     probability_better,
     resample,
+    sequence_recall,
     weighted_mean,
 )
 
@@ -281,3 +283,27 @@ def test_the_probability_of_being_better_is_that_of_a_test_on_pairs():
     assert probability_better(difference, resampled, True) == pytest.approx(1 - p_value, abs=0.02)
     assert probability_better(difference, resampled, False) == pytest.approx(p_value, abs=0.02)
     assert probability_better(0.0, [0.0, 0.0], True) == 0.5
+
+
+def test_sequence_recall_asks_for_every_event_among_the_k_best():
+    logits = np.array([[3.0, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]])
+    sequences = [[{0}, {1, 3}], [{0}, {3}], []]
+    np.testing.assert_array_equal(sequence_recall(logits, sequences, k=2), [1.0, 0.0, math.nan])
+
+
+def test_events_are_in_order_if_each_comes_later_than_the_one_before():
+    logits = np.full((10, 4), -9.0)
+    logits[1:3, 0] = logits[4:6, 1] = logits[8:, 2] = 3
+    assert in_sequence(logits, [{0}, {1}, {2}]) == 1 and in_sequence(logits, [{0}, {2}, {1}]) == 0
+    assert in_sequence(logits, [{1}, {0}]) == 0
+    logits[7:, 3] = 5  # a class that both events have says nothing about which of them it is
+    assert in_sequence(logits, [{1, 3}, {0, 3}]) == 0 and in_sequence(logits, [{0, 3}, {1, 3}]) == 1
+    assert in_sequence(logits, [{0}, {0}]) == 0  # the same time is no order
+    assert math.isnan(in_sequence(logits[:1], [{0}, {1}]))
+
+
+def test_noise_is_in_order_as_often_as_chance():
+    rng = np.random.default_rng(0)
+    for sequence, chance in (([{0, 1}, {2}], 1 / 2), ([{0}, {1}, {2}], 1 / 6)):
+        orders = [in_sequence(rng.normal(-3, 2, (9, 6)), sequence) for _ in range(3000)]
+        assert np.mean(orders) == pytest.approx(chance, abs=0.03)

