@@ -17,9 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import constants, snapshot_download
 
-from pipeline_tango.json_files import write_json
+from pipeline_tango.flags import POSITIVE, check_numbers
+from pipeline_tango.original_hub import cached_commit, fetch_original, find_repo, license_of
 from pipeline_tango.presets import SCHEDULER_NAMES
 
 from .publish import add_card_and_code, push
@@ -34,31 +35,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def convert_original(source, folder, args):
     """Write the diffusers folder of an original checkpoint."""
-    from safetensors.torch import save_file
-
     from pipeline_tango import SCHEDULERS, TangoPipeline
-    from pipeline_tango.original import STFT_CONFIG, open_original, save_component
+    from pipeline_tango.original import STFT_CONFIG, open_original, save_pipeline
 
     original = open_original(source, scaling_factor=args.scaling_factor)
-    components = {
-        component: save_component(original, component, folder, torch_dtype(args.dtype), args.variant)
-        for component in ("tokenizer", "scheduler", *original.configs)
-    }
-    if args.scheduler:
-        scheduler = SCHEDULERS[args.scheduler].from_config(components["scheduler"].config)
-        scheduler.save_pretrained(folder / "scheduler")
-        components["scheduler"] = scheduler
-    TangoPipeline(**components).save_config(folder)
-
-    write_json(folder / "original" / "main_config.json", original.main_config)
-    write_json(folder / "original" / "stft_config.json", original.stft_config)
-    stft = {name: tensor.contiguous() for name, tensor in original.stft.items()}
-    save_file(stft, folder / "original" / "stft.safetensors")
+    scheduler_class = SCHEDULERS[args.scheduler] if args.scheduler else None
+    save_pipeline(original, folder, TangoPipeline, torch_dtype(args.dtype), args.variant, scheduler_class)
     notes = [
         f"UNet and text encoder come from `{original.files['unet'].name}`, VAE and vocoder from "
         f"`{original.files['vae'].name}`.",
-        "The tensors of the mel front end have been checked against their formulas. They are kept in `original/`, for "
-        "converting back only.",
+        "The tensors of the mel front end have been checked against their formulas. They and the tokenizer's files "
+        "are kept in `original/`, for converting back only.",
     ]
     if args.dtype:
         notes.append(f"Weights were cast to {args.dtype}.")
@@ -70,12 +57,6 @@ def convert_original(source, folder, args):
     for note in notes:
         logger.info("%s", note)
     add_card_and_code(folder, source=args.source, license=args.license or license_of(source), notes=notes)
-
-
-def license_of(source):
-    """Licence that the model card of the source names, if any."""
-    readme = source / "README.md"
-    return ModelCard.load(readme).data.license if readme.is_file() else None
 
 
 def convert_ckpt(source, folder, args):
@@ -97,7 +78,7 @@ def torch_dtype(name):
 
 def convert(args):
     """Do what the command line says. OUTPUT appears, complete, as the last step, or not at all."""
-    from pipeline_tango.original import HUB_FILES, is_hub_id
+    from pipeline_tango.original import is_hub_id
 
     source, output = Path(args.source), Path(args.output).absolute()
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
@@ -108,9 +89,13 @@ def convert(args):
         if not is_hub_id(args.source):
             raise ValueError(f"SOURCE must be a folder, a .ckpt file or a Hub id, {args.source} does not exist")
         logger.info("downloading %s", args.source)
-        weights = f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"
-        patterns = ("*.json", "*spiece.model", "original/*", weights) if args.to_original else HUB_FILES
-        source = Path(snapshot_download(args.source, allow_patterns=patterns))
+        if args.to_original:
+            weights = f"*.{args.variant}*.safetensors" if args.variant else "*.safetensors"
+            patterns = ("*.json", "*spiece.model", "original/*", weights)
+            source = Path(snapshot_download(args.source, allow_patterns=patterns))
+        else:
+            commit = cached_commit(args.source, None, None)
+            source = fetch_original(find_repo(args.source, None, commit, local_files_only=constants.HF_HUB_OFFLINE))
     is_ckpt = source.is_file()
     if is_ckpt and (args.to_original or args.scheduler or args.push_to_hub):
         raise ValueError("a .ckpt gives no whole pipeline: no --to_original, --scheduler or --push_to_hub with it")
@@ -156,13 +141,14 @@ def parse_args(argv):
     )
     group.add_argument(
         "--scaling_factor",
-        type=float,
+        type=POSITIVE,
         help="of the VAE's latents (default: that of the source, else that of the AudioLDM family, 0.9228)",
     )
     group.add_argument("--license", help="licence of the weights, for the model card (default: the source card's)")
     group.add_argument("--push_to_hub", metavar="REPO", help="put the result on the Hub as well, as OWNER/NAME")
     group.add_argument("--private", action="store_true", help="make REPO a private one if it is created")
     args = parser.parse_args(argv)
+    check_numbers(parser, args)
     if args.to_original and (args.scheduler or args.scaling_factor or args.license or args.push_to_hub):
         parser.error("--to_original takes no --scheduler, --scaling_factor, --license or --push_to_hub")
     return args

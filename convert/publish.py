@@ -8,11 +8,19 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
 import pipeline_tango
 from pipeline_tango.json_files import read_json
+from pipeline_tango.model_files import (
+    CONFIGS,
+    WEIGHTS,
+    check_folders,
+    check_weights,
+    find_variants,
+    read_header,
+    weight_files,
+)
+from pipeline_tango.original_hub import HTTP_ERROR
 from pipeline_tango.single_file import single_file
 
 
@@ -20,27 +28,10 @@ logger = logging.getLogger(__name__)
 
 PIPELINE = Path(pipeline_tango.__file__).with_name("pipeline_tango.py")
 CARD = Path(__file__).with_name("card.md")
-CONFIGS = {
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "unet": "config.json",
-    "scheduler": "scheduler_config.json",
-    "vocoder": "config.json",
-}
-WEIGHTS = {
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vocoder": "model",
-}
 BUFFERS = {"mean", "scale"}  # of the vocoder: saved with its weights, but no parameters
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 TEMPORARY = ("~", ".tmp", ".lock", ".incomplete")
-
-# Base of all errors of the HTTP library under huggingface_hub, which has changed: requests, httpx, httpx2
-HTTP_ERROR = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
 
 PLACEHOLDER = "path/to/this/folder"  # in a card on disk; `push` writes the repo's name there
 MARKER = "Delete this line to keep your changes when it runs again. -->"  # in every generated card
@@ -150,16 +141,14 @@ def check_folder(folder):
         raise ValueError(
             f"{folder / 'model_index.json'}: `_class_name` must be 'TangoPipeline', got {index.get('_class_name')!r}"
         )
-    for component, config in CONFIGS.items():
+    for component in CONFIGS:
         library = (index.get(component) or [None])[0]
         if library not in ("diffusers", "transformers"):
             raise ValueError(
                 f"{folder / 'model_index.json'}: `{component}` must be a diffusers or transformers class, "
                 f"got {index.get(component)!r}"
             )
-        read_json(folder / component / config)
-    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise ValueError(f"{folder / 'tokenizer'} has neither tokenizer.json nor spiece.model")
+    check_folders(folder, index)
 
     files = []
     for path in sorted(folder.rglob("*")):
@@ -173,58 +162,22 @@ def check_folder(folder):
         if path.is_file():
             files.append(path)
         if path.suffix == ".safetensors":
-            _read_header(path)
-    _load_variant(folder)
+            read_header(path)
+    find_variants(folder)
+    for component in WEIGHTS:
+        for paths in weight_files(folder, component).values():
+            check_weights(folder, index, {component: paths})
     for component in ("text_encoder", "vocoder"):  # saving a variant beside the plain weights writes its type there
         config = read_json(folder / component / "config.json")
         dtype, dtypes = config.get("dtype", config.get("torch_dtype")), set()
-        for path in _weight_files(folder, component).get(None, []):
-            dtypes |= {DTYPES.get(dtype, dtype) for dtype, _ in _read_header(path).values()}
+        for path in weight_files(folder, component).get(None, []):
+            dtypes |= {DTYPES.get(dtype, dtype) for dtype, _ in read_header(path).values()}
         if dtype is not None and dtypes and dtype not in dtypes:
             raise ValueError(
                 f"{folder / component / 'config.json'} says `dtype` {dtype!r}, but the weights are "
                 f"{', '.join(sorted(dtypes))} and would load as what it says: remove that entry"
             )
     return files
-
-
-def _read_header(path):
-    """Name -> (type, shape) of the tensors of a safetensors file, whose size must be what its header says."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
-
-
-def _weight_files(folder, component):
-    """Weight files of a component by variant, with `None` for the plain ones."""
-    pattern = re.compile(WEIGHTS[component] + r"(?:\.([^.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
-    files = {}
-    for path in sorted((folder / component).glob("*.safetensors")):
-        if match := pattern.fullmatch(path.name):
-            files.setdefault(match[1], []).append(path)
-    for variant, paths in files.items():
-        if "-of-" not in paths[0].name and len(paths) == 1:
-            continue
-        name = f"{WEIGHTS[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        shards = set(read_json(folder / component / name).get("weight_map", {}).values())
-        if shards != {path.name for path in paths}:
-            raise ValueError(f"{folder / component / name} names {sorted(shards)}, the folder has {paths}")
-    return files
-
-
-def _load_variant(folder):
-    """The `variant` that a load needs: `None` where every component has plain weights."""
-    variants = {component: set(_weight_files(folder, component)) for component in WEIGHTS}
-    for component, names in variants.items():
-        if not names:
-            raise ValueError(f"{folder / component / WEIGHTS[component]}.safetensors is missing")
-    for variant in [None, *sorted(set().union(*variants.values()) - {None})]:
-        if all(variant in names or None in names for names in variants.values()):
-            return variant
-    raise ValueError(f"{folder}: no variant has weights for every component, got {variants}")
 
 
 def _is_hub_id(source):
@@ -234,14 +187,14 @@ def _is_hub_id(source):
 def _model_card(folder, source, license, notes):
     index = read_json(folder / "model_index.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    variant = _load_variant(folder)
+    variant = find_variants(folder)[0]
 
     rows = []
     for component in CONFIGS:
         num_parameters, dtypes = 0, set()
-        weights = _weight_files(folder, component) if component in WEIGHTS else {}
+        weights = weight_files(folder, component) if component in WEIGHTS else {}
         for path in weights.get(variant, weights.get(None, [])):
-            for name, (dtype, shape) in _read_header(path).items():
+            for name, (dtype, shape) in read_header(path).items():
                 if not (component == "vocoder" and name in BUFFERS):
                     num_parameters += math.prod(shape)
                     dtypes.add(DTYPES.get(dtype, dtype))

@@ -8,8 +8,10 @@ import torch
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import T5Tokenizer
 
-from pipeline_tango.json_files import read_json, write_json
+from pipeline_tango.json_files import check_file, read_json, write_json
+from pipeline_tango.model_files import check_folders
 from pipeline_tango.original import (
     CLASSES,
     NAMES_PER_MAPPING,
@@ -45,6 +47,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
     index = read_json(source / "model_index.json")
     if index.get("_class_name") != "TangoPipeline":
         raise ValueError(f"{source} must be the folder of a TangoPipeline, got {index.get('_class_name')!r}")
+    check_folders(source, index)
     configs = {component: read_json(source / component / "config.json") for component in CLASSES}
     models = {component: build(component, config) for component, config in configs.items()}
     files = {component: safetensors_files(source, component, variant) for component in CLASSES}
@@ -55,6 +58,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
         tensors = {}
         for path in files[component]:
             try:
+                check_file(path)
                 with safe_open(path, framework="pt") as file:
                     tensors.update({name: file.get_tensor(name) for name in file.keys()})
             except SafetensorError as error:
@@ -100,9 +104,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
     write_json(folder / main_config["scheduler_name"] / "scheduler" / "scheduler_config.json", scheduler)
     text_encoder = folder / main_config["text_encoder_name"]
     write_json(text_encoder / "config.json", read_json(source / "text_encoder" / "config.json"))
-    for name in TOKENIZER_FILES:
-        if (source / "tokenizer" / name).is_file():
-            shutil.copyfile(source / "tokenizer" / name, text_encoder / name)
+    write_tokenizer(source / "tokenizer", kept / "tokenizer", text_encoder)
 
     save_pickle(folder / "pytorch_model_stft.bin", stft)
     save_pickle(folder / "pytorch_model_vae.bin", gather_original(("vae", "vocoder"), models, load, dtype))
@@ -112,6 +114,43 @@ def convert_to_original(source, folder, dtype=None, variant=None):
         prefix = "text_encoder."
         weights = {name.removeprefix(prefix): tensor for name, tensor in main.items() if name.startswith(prefix)}
         save_pickle(text_encoder / "pytorch_model.bin", weights)
+
+
+def write_tokenizer(tokenizer, kept, folder):
+    """Write a tokenizer's files such that the original's libraries (transformers 4.27, tokenizers 0.13) can read them.
+
+    Args:
+        tokenizer (`Path`): the tokenizer of the diffusers folder.
+        kept (`Path`): files of the tokenizer that it was converted from. They are copied byte for byte if they are
+            there and still have the same vocabulary.
+        folder (`Path`): to write into.
+    """
+    if kept.is_dir() and vocabulary(kept) == vocabulary(tokenizer):
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        return
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    if (folder / "tokenizer.json").is_file():
+        write_json(folder / "tokenizer.json", in_older_format(read_json(folder / "tokenizer.json")))
+
+
+def vocabulary(folder):
+    return T5Tokenizer.from_pretrained(folder).get_vocab()
+
+
+def in_older_format(content):
+    """Part of a tokenizer.json as tokenizers 0.13 writes it, which knows no `prepend_scheme`."""
+    if isinstance(content, list):
+        return [in_older_format(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    content = {key: in_older_format(value) for key, value in content.items()}
+    if content.get("type") == "Metaspace" and "prepend_scheme" in content:
+        scheme = content.pop("prepend_scheme")
+        content.pop("split", None)
+        content["add_prefix_space"] = scheme != "never"
+    return content
 
 
 def safetensors_files(folder, component, variant):

@@ -30,6 +30,8 @@ parser.add_argument(
     "--output_dir", help="folder for the sounds as WAV files and their log-mel spectrograms as NumPy files"
 )
 args = parser.parse_args()
+if args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
+    parser.error(f"--output_dir has to be a new or empty folder, {args.output_dir} holds something")
 
 pipe = TangoPipeline.from_pretrained(args.model)
 if args.lora:

@@ -38,6 +38,7 @@ PROMPTS = (
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+{generator}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -51,6 +52,7 @@ figure {{ margin: 0; }} img, audio {{ width: 100%; }} figcaption {{ font-weight:
 </main>
 </html>
 """
+GENERATOR = '<meta name="generator" content="examples.sound_page of pipeline-tango">'
 FIGURE = """<figure><figcaption>{prompt}</figcaption>{image}
 <audio controls preload="none" src="{name}.wav"></audio></figure>"""
 
@@ -63,7 +65,8 @@ def write_page(folder, title):
         name, prompt = Path(entry["file"]).stem, html.escape(entry["prompt"])
         image = f'<img src="{name}.png" alt="spectrogram of {prompt}">' if (folder / f"{name}.png").exists() else ""
         figures.append(FIGURE.format(prompt=prompt, image=image, name=name))
-    write_atomically(folder / "index.html", PAGE.format(title=html.escape(title), figures="\n".join(figures)).encode())
+    page = PAGE.format(title=html.escape(title), generator=GENERATOR, figures="\n".join(figures))
+    write_atomically(folder / "index.html", page.encode())
 
 
 def main(argv=None):
@@ -72,10 +75,15 @@ def main(argv=None):
     parser.add_argument("--prompts", type=Path, help="text file with one prompt per line, in place of the twenty")
     args, flags = parser.parse_known_args(argv)  # --model, --steps, --seed ... are passed to the command
 
+    page, prompts = args.output / "index.html", args.prompts or args.output / "prompts.txt"
+    content = "".join(f"{prompt}\n" for prompt in PROMPTS).encode()
+    if page.exists() and GENERATOR not in page.read_text("utf-8", "replace"):
+        parser.error(f"{page} is there already and is not one of these pages: give another folder")
+    if not args.prompts and prompts.exists() and prompts.read_bytes() != content:
+        parser.error(f"{prompts} holds other prompts: give another folder, or use them with --prompts")
     args.output.mkdir(parents=True, exist_ok=True)
-    prompts = args.prompts or args.output / "prompts.txt"
     if not args.prompts:
-        write_atomically(prompts, "".join(f"{prompt}\n" for prompt in PROMPTS).encode())
+        write_atomically(prompts, content)
     status = tango(["--prompts", str(prompts), "--output", str(args.output), "--spectrogram", *flags])
     if status == 0:
         write_page(args.output, "Sounds of Tango")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = ["SCHEDULERS", "TANGO_TINY", "BlockedAttnProcessor", "TangoPipeline", "log_mel_spectrogram"]
 

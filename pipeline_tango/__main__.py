@@ -1,28 +1,58 @@
 """The `tango` command: text-to-audio for one prompt or for a list of prompts, written as WAV files."""
 
 import argparse
+import csv
+import io
 import json
+import logging
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
-from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings
-from .sound_files import AudioFileError, draw_spectrogram, encode_wav, read_audio, write_atomically
+from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings, most_steps
+from .sound_files import (
+    AudioFileError,
+    draw_spectrogram,
+    encode_wav,
+    is_own_picture,
+    read_audio,
+    remove_leftovers,
+    write_atomically,
+)
+from .sound_folder import (
+    FolderError,
+    add_sound,
+    check_ours,
+    check_unchanged,
+    check_writable,
+    encode_manifest,
+    locked,
+    read_manifest,
+)
 
+
+logger = logging.getLogger(__name__)
 
 # Torch and diffusers take seconds to import: functions do it, after the arguments have been checked.
 
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
-CONVERT_HINT = "a checkpoint in the original's layout is converted by: tango-convert SOURCE OUTPUT"
+PROMPT_COLUMNS = ("prompt", "captions", "caption", "text")  # as in training, after our own name
+NO_MODEL = (
+    "no model in {model}, which must be a folder or a Hub repo, with model_index.json or in the original's layout: "
+    "{error}"
+)
 
 
 def is_text(value):
@@ -64,7 +94,8 @@ class Parser(argparse.ArgumentParser):
 
 def say(text):
     """Print one line on standard error. Characters that cannot be encoded are escaped."""
-    print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody listens any more, which stops nothing
+        print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def check_settings(settings, where=""):
@@ -77,35 +108,26 @@ def check_settings(settings, where=""):
 def read_prompts(path):
     """Read a list of prompts into dicts of SETTINGS, each with at least a `prompt`.
 
-    A file named .json or .jsonl, or with `{` as its first character, holds one JSON object a line. Any other file
-    holds one prompt a line, and lines that start with `#` are comments. Blank lines are skipped. Of the original's
-    manifests (`captions`, `dataset`, `location`) the captions are read.
+    A file named .csv or .tsv has a header; its prompts are in the first present of `PROMPT_COLUMNS`, and columns named
+    as SETTINGS are settings where they are not blank. A file named .json or .jsonl, or with `{` as its first
+    character, holds one JSON object a line. Any other file holds one prompt a line, and lines that start with `#` are
+    comments. Blank lines are skipped. Of the original's manifests (`captions`, `dataset`, `location`) the captions are
+    read.
     """
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read the list {path}: {error}") from error
-    is_json = path.endswith((".json", ".jsonl")) or text.lstrip().startswith("{")
+    if path.lower().endswith((".csv", ".tsv")):
+        lines = read_table(path, text)
+    elif path.lower().endswith((".json", ".jsonl")) or text.lstrip().startswith("{"):
+        lines = read_json_lines(path, text)
+    else:
+        lines = ((number, {"prompt": line.strip()}) for number, line in enumerate(text.split("\n"), 1))
+        lines = ((number, request) for number, request in lines if request["prompt"][:1] not in ("", "#"))
     requests, names = [], set()
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, request in lines:
         where = f"{path}, line {number}: "
-        line = line.strip()
-        if not line or (line.startswith("#") and not is_json):
-            continue
-        request = {"prompt": line}
-        if is_json:
-            try:
-                request = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CommandError(f"{where}not JSON: {error}") from error
-            if not isinstance(request, dict):
-                raise CommandError(f"{where}not a JSON object: {line:.100}")
-            if "captions" in request and "prompt" not in request:
-                request = {"prompt" if key == "captions" else key: value for key, value in request.items()}
-                request = {key: value for key, value in request.items() if key not in ("dataset", "location")}
-            request = {key: value for key, value in request.items() if value is not None}
-        if unknown := request.keys() - SETTINGS.keys():
-            raise CommandError(f"{where}unknown {sorted(unknown)}, known are {', '.join(SETTINGS)}")
         if "prompt" not in request:
             raise CommandError(f"{where}no prompt")
         check_settings(request, where)
@@ -117,6 +139,58 @@ def read_prompts(path):
     if not requests:
         raise CommandError(f"no prompt in the list {path}")
     return requests
+
+
+def read_json_lines(path, text):
+    """Line number and settings of each JSON object."""
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path}, line {number}: "
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CommandError(f"{where}not JSON: {error}") from error
+        if not isinstance(request, dict):
+            raise CommandError(f"{where}not a JSON object: {line:.100}")
+        if "captions" in request and "prompt" not in request:
+            request = {"prompt" if key == "captions" else key: value for key, value in request.items()}
+            request = {key: value for key, value in request.items() if key not in ("dataset", "location")}
+        request = {key: value for key, value in request.items() if value is not None}
+        if unknown := request.keys() - SETTINGS.keys():
+            raise CommandError(f"{where}unknown {sorted(unknown)}, known are {', '.join(SETTINGS)}")
+        yield number, request
+
+
+def read_table(path, text):
+    """Line number and settings of each row of comma- or tab-separated values, which may have other columns too."""
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
+    try:
+        columns = rows.fieldnames or []
+        prompt_column = next((name for name in PROMPT_COLUMNS if name in columns), None)
+        if columns and prompt_column is None:
+            raise CommandError(f"{path}: none of the columns {', '.join(PROMPT_COLUMNS)}, only {', '.join(columns)}")
+        used = {name: name for name in SETTINGS if name in columns} | {"prompt": prompt_column}
+        if twice := [column for column in used.values() if columns.count(column) > 1]:
+            raise CommandError(f"{path}: two columns are called {twice[0]!r}")
+        if unused := [column for column in columns if column not in used.values()]:
+            say(f"{path}: not used are the columns {', '.join(map(repr, unused))}")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}: "
+            if None in row or None in row.values():
+                raise CommandError(f"{where}expected {len(columns)} fields")
+            request = {name: row[column].strip() for name, column in used.items()}
+            request = {name: value for name, value in request.items() if value or name == "prompt"}
+            for name, kind in (("seconds", float), ("guidance", float), ("steps", int), ("seed", int)):
+                if name in request:
+                    try:
+                        request[name] = kind(request[name])
+                    except ValueError:
+                        pass  # `check_settings` says what is accepted
+            yield rows.line_num, request
+    except csv.Error as error:
+        raise CommandError(f"{path}, line {rows.reader.line_num}: not CSV: {error}") from error
 
 
 def read_regions(text, name, unit):
@@ -200,11 +274,26 @@ def parse_arguments(argv):
         "--model",
         metavar="FOLDER_OR_REPO",
         default=TANGO_TINY,
-        help="diffusers folder, or Hub repo such as owner/name (default: tango-tiny, which comes with the package)",
+        help="diffusers folder, or Hub repo such as owner/name, or a checkpoint in the original's layout such as "
+        "declare-lab/tango2, which is converted once (default: tango-tiny, which comes with the package)",
+    )
+    parser.add_argument(
+        "--remove_originals",
+        action="store_true",
+        help="delete the downloaded weights in the original's layout once they are converted",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="which weights of the model to load, such as fp16 (default: the plain ones, or those of the only variant "
+        "that a folder has)",
     )
     parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
     parser.add_argument(
-        "-o", "--output", metavar="PATH", help="WAV file (default: tango.wav); with --prompts a folder"
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="WAV file, replaced if it is there (default: tango.wav); with --prompts a folder",
     )
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
@@ -304,12 +393,15 @@ def parse_arguments(argv):
     several.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line (# starts a comment), or JSON lines with prompt and optionally negative_prompt, "
-        "seconds, steps, guidance, seed, name. The output folder gets 00001.wav ... (or the names) and "
-        "manifest.jsonl; sounds that it already holds are skipped",
+        help="one prompt a line (# starts a comment), or JSON lines or a CSV file with prompt and optionally "
+        "negative_prompt, seconds, steps, guidance, seed, name. The output folder gets 00001.wav ... (or the names) "
+        "and manifest.jsonl; sounds that it already holds are skipped",
     )
     several.add_argument(
-        "--overwrite", action="store_true", help="replace sounds in the folder that were generated with other settings"
+        "--overwrite",
+        action="store_true",
+        help="replace sounds in the folder that were generated with other settings, and files that are not the "
+        "command's; without a list the files of --takes, and pictures beside sounds",
     )
     several.add_argument(
         "--batch_size",
@@ -343,6 +435,10 @@ def parse_arguments(argv):
         raise CommandError("give either a prompt or --prompts FILE")
     if not args.model:
         raise CommandError("--model must be a diffusers folder, or a Hub repo such as owner/name")
+    if args.lora == "":
+        raise CommandError("--lora must be a folder, or a Hub repo such as owner/name")
+    if args.variant is not None and not re.fullmatch(r"[\w-]+", args.variant):
+        raise CommandError(f"--variant must be a name such as fp16, got {args.variant!r:.100}")
     flags = {name: getattr(args, name) for name in SETTINGS if name != "name"}
     check_settings({name: value for name, value in flags.items() if value is not None})
     for name in ("takes", "batch_size"):
@@ -372,11 +468,14 @@ def parse_arguments(argv):
 
 def plan_sounds(args, first_seed, defaults):
     """The manifest's record of each sound to generate, prompt by prompt and take by take."""
-    steps = defaults["steps"] if args.steps is None else args.steps
+    most_steps = defaults["most_steps"]
+    steps = min(defaults["steps"], most_steps) if args.steps is None else args.steps
     guidance = defaults["guidance"] if args.guidance is None else args.guidance
     sounds = []
     for position, request in enumerate(args.requests):
         seed = request.get("seed", first_seed + SEEDS_PER_PROMPT * position)
+        if (asked := request.get("steps", steps)) > most_steps:
+            raise CommandError(f"steps must be at most {most_steps} with the {defaults['scheduler']}, got {asked}")
         for take in range(args.takes):
             sounds.append(
                 {
@@ -390,6 +489,7 @@ def plan_sounds(args, first_seed, defaults):
                     "guidance": request.get("guidance", guidance),
                     "scheduler": defaults["scheduler"],
                     "model": model_name(args.model),
+                    **({"variant": args.variant} if args.variant else {}),
                     **({"lora": args.lora} if args.lora else {}),
                     **{name: getattr(args, name) for name in SPEED_SETTINGS if getattr(args, name) is not None},
                     **args.audio_settings,
@@ -411,42 +511,50 @@ def split_into_batches(sounds, batch_size):
     return batches
 
 
-def read_manifest(path):
-    """Records by file name. A line that a killed run left incomplete is skipped: its sound is generated again."""
-    records = {}
-    if path.exists():
-        for line in path.read_text("utf-8", "replace").split("\n"):
-            try:
-                record = json.loads(line)
-                records[record["file"]] = record
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-    return records
+def read_model_defaults(args, dtypes):
+    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only.
 
+    `args.source` becomes what is loaded: `args.model`, or what a checkpoint in the original's layout is converted to.
+    """
+    import diffusers
+    import huggingface_hub
+    import transformers
 
-def encode_manifest(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def read_model_defaults(model):
-    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only."""
     from . import TangoPipeline
+    from .converted import with_conversion
 
-    if os.path.exists(os.path.join(model, "pytorch_model_main.bin")):
-        raise OSError(f"{model} is not a diffusers folder: {CONVERT_HINT}")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if args.quiet:
+        huggingface_hub.utils.disable_progress_bars()
+
+    def attempt(source, **options):
+        args.source = source
+        return TangoPipeline.load_config(source, **options)
+
     try:
-        config = TangoPipeline.load_config(model)
+        config = with_conversion(
+            args.model,
+            attempt,
+            TangoPipeline,
+            dtype=dtypes,
+            variant=args.variant,
+            remove_originals=args.remove_originals,
+        )
+        class_name = config["_class_name"]
+    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
+        raise OSError(NO_MODEL.format(model=args.model, error=str(error)[:350])) from error
+    if class_name != "TangoPipeline":
+        raise OSError(f"the model in {args.model} is of the class {class_name}, not TangoPipeline")
+    try:
         return {
             "seconds": config["default_audio_length_in_s"],
             "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
             "guidance": config.get("default_guidance_scale", 3.0),
             "scheduler": config["scheduler"][1],
         }
-    except Exception as error:  # a file or a Hub of others: anything may be wrong with it
-        raise OSError(
-            f"no model in {model}, which must be a folder with model_index.json or a Hub repo that has one; "
-            f"{CONVERT_HINT} ({error!s:.120})"
-        ) from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise OSError(NO_MODEL.format(model=args.model, error=repr(error)[:120])) from error
 
 
 def model_name(model):
@@ -472,15 +580,15 @@ def choose_device(args, state):
 
 
 def load_pipeline(args, device, dtypes):
-    import diffusers
-    import transformers
-
     from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
+    from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = TangoPipeline.from_pretrained(args.model, dtype=dtypes)
+        variant = args.variant
+        if variant is None and os.path.isdir(args.source):
+            variants = find_variants(Path(args.source), tuple(WEIGHTS), WEIGHT_SUFFIXES)
+            variant = variants[0] if len(variants) == 1 else None
+        pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes, variant=variant)
     except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
     if args.lora:
@@ -501,36 +609,56 @@ def load_pipeline(args, device, dtypes):
     return pipe
 
 
-def find_missing(args, sounds, paths, manifest):
-    """The manifest's records, and the sounds that are missing, after a check that their files can be written."""
-    try:
-        for path in paths[sounds[0]["file"]]:
-            part = path.with_name(f".{path.name}.part")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-            part.unlink(missing_ok=True)
-        for path in (path for group in paths.values() for path in group):
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder")
-        records = {} if args.prompts is None else read_manifest(manifest)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot write to {args.folder}: {error}") from error
+def check_files(args, sounds, paths):
+    """The files of single sounds can be written. Those whose very names were given are replaced, and so are earlier
+    spectrograms; others are not."""
+    for sound in sounds:
+        wav, *pictures = paths[sound["file"]]
+        for path in (wav, *pictures):
+            check_writable(path)
+            is_named = args.takes == 1 if path == wav else bool(args.spectrogram)
+            if path.exists() and not (args.overwrite or is_named or (path in pictures and is_own_picture(path))):
+                raise FolderError(f"{path} is there already: give another name with -o, or --overwrite to replace it")
 
+
+def find_missing(args, sounds, paths, manifest):
+    """The manifest's records, and the sounds of a list that are missing, after a check that no file of others and no
+    sound with other settings is in their place."""
+    check_writable(paths[sounds[0]["file"]][0])
+    try:
+        records = read_manifest(manifest, strict=not args.overwrite)
+    except OSError as error:
+        raise FolderError(f"cannot read {manifest}: {error}") from error
+    optional = ("variant", "lora", *AUDIO_SETTINGS, *SPEED_SETTINGS)
     todo = []
     for sound in sounds:
-        wav = paths[sound["file"]][0]
-        record = records.get(sound["file"], {})
-        names = {**sound, **dict.fromkeys(("lora", *AUDIO_SETTINGS, *SPEED_SETTINGS))}
-        changed = [name for name in names if record.get(name) != sound.get(name)]
-        if record and changed and wav.exists() and not args.overwrite:
-            name = changed[0]
-            raise CommandError(
-                f"{wav} was made with {name} {record.get(name)!r}, not {sound.get(name)!r}: give another folder, or "
-                "--overwrite"
-            )
-        if changed or not all(path.exists() for path in paths[sound["file"]]):
+        files = paths[sound["file"]]
+        if any(path.is_dir() for path in files):
+            raise FolderError(f"cannot write to {args.folder}: {next(filter(Path.is_dir, files))} is a folder")
+        record = records.get(sound["file"])
+        if record is None and not args.overwrite:
+            check_ours(files, sound, manifest.exists())
+        elif record is not None and files[0].exists() and not args.overwrite:
+            check_unchanged(files[0], record, sound, optional)
+        is_same = record is not None and all(record.get(name) == sound.get(name) for name in (*sound, *optional))
+        if not is_same or not all(path.exists() for path in files):
             todo.append(sound)
     return records, todo
+
+
+def lock_folder(stack, state, folder):
+    """Keep other runs out of the folder until `stack` is left. The main process holds the lock for all."""
+    error = None
+    if state.is_main_process:
+        try:
+            stack.enter_context(locked(folder))
+        except FolderError as reason:
+            error = reason
+    from accelerate.utils import broadcast_object_list
+
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise error
 
 
 def make_sounds(args):
@@ -546,12 +674,13 @@ def make_sounds(args):
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
     device = choose_device(args, state)
     dtypes = choose_dtypes(args.dtype, device, args.fast)
-    defaults = read_model_defaults(args.model)
-    for name, value in fast_settings(args.model).items() if args.fast else ():
+    defaults = read_model_defaults(args, dtypes)
+    for name, value in fast_settings(args.source).items() if args.fast else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.scheduler:
         defaults["scheduler"] = SCHEDULERS[args.scheduler].__name__
+    defaults["most_steps"] = most_steps(args.model, defaults["scheduler"])
 
     seed, seed_note = args.seed, ""
     if seed is None and args.prompts is not None:
@@ -566,87 +695,112 @@ def make_sounds(args):
         picture = [] if args.spectrogram is None else [Path(args.spectrogram or wav.with_suffix(".png"))]
         paths[sound["file"]] = [wav, *picture]
 
-    manifest = args.folder / "manifest.jsonl"
-    records, todo = find_missing(args, sounds, paths, manifest)
-    if not todo:
-        if not args.quiet:
-            say(f"all {len(sounds)} sounds are in {args.folder} already")
-        return
-    if args.prompts is not None and state.is_main_process:
-        remade = {sound["file"] for sound in todo}
-        write_atomically(manifest, encode_manifest(r for name, r in records.items() if name not in remade))
-    state.wait_for_everyone()  # before anyone writes a sound
-
-    if not args.quiet and state.is_main_process:
-        share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
-        there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
-        say(
-            f"{model_name(args.model)} on {device} in "
-            f"{str(dtypes.get('unet', dtypes['default'])).removeprefix('torch.')}, "
-            f"{defaults['scheduler']}, seed {seed}{seed_note}, "
-            f"sounds to make: {len(todo)}{there}{share}"
-        )
-    todo = todo[state.process_index :: state.num_processes]
-    pipe = load_pipeline(args, device, dtypes) if todo else None
-    compute_in_s = sound_in_s = 0.0
-    for batch in split_into_batches(todo, args.batch_size):
-        pipe.set_progress_bar_config(
-            desc=batch[0]["file"], unit="step", leave=False, disable=args.quiet or not state.is_local_main_process
-        )
-        start = time.perf_counter()
-        audios = pipe(
-            prompt=[sound["prompt"] for sound in batch],
-            negative_prompt=batch[0]["negative_prompt"] and [batch[0]["negative_prompt"]] * len(batch),
-            audio_length_in_s=batch[0]["seconds"],
-            num_inference_steps=batch[0]["steps"],
-            guidance_scale=batch[0]["guidance"],
-            generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
-            guidance_interval=args.guidance_interval,
-            **args.audio_options,
-        ).audios
-        compute_in_s += time.perf_counter() - start
-        for sound, audio in zip(batch, audios):
-            sampling_rate = pipe.vocoder.config.sampling_rate
-            sound_in_s += len(audio) / sampling_rate
-            wav, *pictures = paths[sound["file"]]
-            for picture in pictures:
-                write_atomically(picture, draw_spectrogram(audio, sampling_rate, sound["prompt"]))
-            write_atomically(wav, encode_wav(audio, sampling_rate))
-            if args.prompts is not None:
-                with open(manifest, "ab", buffering=0) as file:  # one write a line: processes do not mix
-                    file.write(encode_manifest([sound]))
+    with ExitStack() as stack:
+        if args.prompts is not None:
+            lock_folder(stack, state, args.folder)
+        manifest = args.folder / "manifest.jsonl"
+        if args.prompts is None:
+            check_files(args, sounds, paths)
+            records, todo = {}, sounds
+        else:
+            records, todo = find_missing(args, sounds, paths, manifest)
+        if not todo:
             if not args.quiet:
-                say(f"{wav}  {len(audio) / sampling_rate:g} s  seed {sound['seed']}")
-    if todo and not args.quiet:
-        say(
-            f"{sound_in_s:g} s of sound in {compute_in_s:.1f} s without loading: "
-            f"real-time factor {compute_in_s / sound_in_s:.3g}"
-        )
-
-    if args.prompts is not None:
-        state.wait_for_everyone()
+                say(f"all {len(sounds)} sounds are in {args.folder} already")
+            return
         if state.is_main_process:
-            records = read_manifest(manifest)
-            in_order = [records.pop(sound["file"], sound) for sound in sounds]
-            write_atomically(manifest, encode_manifest([*records.values(), *in_order]))
+            files = [path for group in paths.values() for path in group]
+            # nobody else writes into a folder that is locked
+            remove_leftovers(files, "part", **({} if args.prompts is None else {"older_than_in_s": 0}))
+        if args.prompts is not None and state.is_main_process:
+            remade = {sound["file"] for sound in todo}
+            write_atomically(manifest, encode_manifest(r for name, r in records.items() if name not in remade))
+        state.wait_for_everyone()  # before anyone writes a sound
+
+        if not args.quiet and state.is_main_process:
+            share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
+            there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
+            say(
+                f"{model_name(args.model)} on {device} in "
+                f"{str(dtypes.get('unet', dtypes['default'])).removeprefix('torch.')}, "
+                f"{defaults['scheduler']}, seed {seed}{seed_note}, "
+                f"sounds to make: {len(todo)}{there}{share}"
+            )
+        todo = todo[state.process_index :: state.num_processes]
+        pipe = load_pipeline(args, device, dtypes) if todo else None
+        compute_in_s = sound_in_s = 0.0
+        for batch in split_into_batches(todo, args.batch_size):
+            pipe.set_progress_bar_config(
+                desc=batch[0]["file"], unit="step", leave=False, disable=args.quiet or not state.is_local_main_process
+            )
+            start = time.perf_counter()
+            audios = pipe(
+                prompt=[sound["prompt"] for sound in batch],
+                negative_prompt=batch[0]["negative_prompt"] and [batch[0]["negative_prompt"]] * len(batch),
+                audio_length_in_s=batch[0]["seconds"],
+                num_inference_steps=batch[0]["steps"],
+                guidance_scale=batch[0]["guidance"],
+                generator=[torch.Generator().manual_seed(sound["seed"]) for sound in batch],
+                guidance_interval=args.guidance_interval,
+                **args.audio_options,
+            ).audios
+            compute_in_s += time.perf_counter() - start
+            for sound, audio in zip(batch, audios):
+                sampling_rate = pipe.vocoder.config.sampling_rate
+                sound_in_s += len(audio) / sampling_rate
+                wav, *pictures = paths[sound["file"]]
+                contents = {path: draw_spectrogram(audio, sampling_rate, sound["prompt"]) for path in pictures}
+                contents[wav] = encode_wav(audio, sampling_rate)
+                if args.prompts is None:
+                    for path, content in contents.items():
+                        write_atomically(path, content)
+                else:
+                    add_sound(manifest, sound, contents, may_replace=args.overwrite or sound["file"] in records)
+                if not args.quiet:
+                    say(f"{wav}  {len(audio) / sampling_rate:g} s  seed {sound['seed']}")
+        if todo and not args.quiet:
+            say(
+                f"{sound_in_s:g} s of sound in {compute_in_s:.1f} s without loading: "
+                f"real-time factor {compute_in_s / sound_in_s:.3g}"
+            )
+
+        if args.prompts is not None:
+            state.wait_for_everyone()
+            if state.is_main_process:
+                records = read_manifest(manifest)
+                in_order = [records.pop(sound["file"], sound) for sound in sounds]
+                write_atomically(manifest, encode_manifest([*records.values(), *in_order]))
     state.destroy_process_group()
 
 
+def stop(number, frame):
+    """A handler of SIGTERM that cleans up as after Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv=None):
-    """Run the command. Returns the exit status: 0, 1 (failed), 2 (invalid arguments) or 130 (Ctrl-C)."""
+    """Run the command. Returns the exit status: 0, 1 (failed), 2 (invalid arguments), 130 (Ctrl-C) or 143
+    (SIGTERM)."""
+    before = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere handlers cannot be set
+        before = signal.signal(signal.SIGTERM, stop)
     try:
         with warnings.catch_warnings():  # hide warnings that are for developers of the libraries
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
             make_sounds(parse_arguments(argv))
-    except SystemExit as stop:  # --help and --version
-        return stop.code
-    except KeyboardInterrupt:
+    except SystemExit as exit:  # --help and --version
+        return exit.code
+    except KeyboardInterrupt as interrupt:
         say("stopped")
-        return 130
-    except (CommandError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except Exception as error:  # whatever a library raises over a broken file is one line to the user
+        logger.debug("where the error came from", exc_info=True)
         say(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}")
-        return 2 if isinstance(error, CommandError) else 1
+        return 2 if isinstance(error, (CommandError, FolderError)) else 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 

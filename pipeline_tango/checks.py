@@ -33,6 +33,8 @@ def check_components(pipe):
         )
     if scheduler.config.get("prediction_type") == "flow_prediction":
         raise ValueError("`scheduler` has prediction_type 'flow_prediction', which does not fit this UNet.")
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError("`scheduler` has use_flow_sigmas, whose noise levels do not fit this UNet: leave it out.")
     if num_mel_bins % pipe.vae_scale_factor != 0:
         raise ValueError(
             f"`vocoder` has {num_mel_bins} mel bins, which the `vae`'s factor {pipe.vae_scale_factor} does not divide."
@@ -82,8 +84,11 @@ def check_ranges(
         )
     if eta is not None and not 0 <= eta <= 1:
         raise ValueError(f"`eta` has to be between 0 and 1, not {eta}.")
-    if window_length_in_s is not None and not 0 < window_length_in_s < 1e9:
-        raise ValueError(f"`window_length_in_s` has to be positive, not {window_length_in_s}.")
+    if window_length_in_s is not None and not 0.5 < window_length_in_s * sampling_rate < 1e9 * sampling_rate:
+        raise ValueError(
+            f"`window_length_in_s` has to be positive, at least one sample of 1/{sampling_rate} s, and below 1e9, not "
+            f"{window_length_in_s}."
+        )
 
 
 # schedule
@@ -107,6 +112,8 @@ def check_timesteps(scheduler, num_inference_steps, timesteps, sigmas):
     num_train_timesteps = scheduler.config.num_train_timesteps
     if timesteps is not None and (timesteps[0] >= num_train_timesteps or timesteps[-1] < 0):
         raise ValueError(f"`timesteps` have to be from 0 to {num_train_timesteps - 1}, not {timesteps!r}.")
+    if sigmas is not None and sigmas[-1] < 0:
+        raise ValueError(f"`sigmas` cannot be below 0, but end at {sigmas[-1]}.")
     if warms_up_by_runge_kutta(scheduler) and num_inference_steps < 4:
         raise ValueError(
             f"`num_inference_steps` has to be at least 4 for PNDM with its Runge-Kutta warm-up, not "
@@ -118,8 +125,8 @@ def warms_up_by_runge_kutta(scheduler):
     return isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps
 
 
-def check_schedule(schedule):
-    """A [`Schedule`] can run, which is known once its scheduler is set up."""
+def check_schedule(schedule, num_channels):
+    """A [`Schedule`] can run, which is known once its scheduler is set up, for latents of `num_channels`."""
     scheduler = schedule.scheduler
     last, start = scheduler.config.num_train_timesteps - 1, scheduler.timesteps.max()
     if start > last:
@@ -129,6 +136,7 @@ def check_schedule(schedule):
             f"{float(start):g}, beyond the last one of training, {last}. Use fewer steps."
         )
     check_steps_remain(schedule.strength, schedule.num_all_steps)
+    schedule.rehearse(num_channels)
 
 
 def check_steps_remain(strength, num_inference_steps):
@@ -365,12 +373,19 @@ def read_clip(array):
         raise ValueError(f"`audio` holds {array.shape}, the wrong order: stereo is (channels, samples).")
     if not np.isfinite(array).all():
         raise ValueError("`audio` has to hold finite samples, not NaN or infinity.")
+    channels = array if array.ndim == 2 else array[None]
     if array.ndim == 2:
         array = array.mean(axis=0, dtype=np.float64).astype(np.float32) if len(array) > 1 else array[0]
     lowest, highest, mean = array.min(), array.max(), array.mean()
     if max(highest, -lowest) > 2:  # what lossy formats decode to is often a little beyond 1
         raise ValueError(f"`audio` has to be in [-1, 1], but reaches {max(highest, -lowest):g}.")
     if max(highest - mean, mean - lowest) < SILENT_PEAK:
+        channel_peak = (channels.max(axis=1) - channels.min(axis=1)).max() / 2
+        if channel_peak >= len(channels) * SILENT_PEAK:  # more than averaging takes from a channel beside silent ones
+            raise ValueError(
+                f"`audio` has {len(channels)} channels, of peak {channel_peak:.2g}, that cancel each other when they "
+                "are averaged to mono, as two of opposite polarity do: give one of them, or invert one."
+            )
         raise ValueError(f"`audio` is silent: no sample is {SILENT_PEAK} from the mean.")
     return array
 
@@ -468,24 +483,25 @@ def check_input_audio(audio, stream):
         raise ValueError("`frequency_mask_in_hz` needs a band to keep, but `audio` does not fill the whole result.")
 
 
-def check_strength(strength, audio, num_inference_steps, scheduler):
-    """A run can start midway from an [`InputAudio`], if `strength` is given and says so."""
-    if strength is None:
-        return
+def check_strength(audio, num_inference_steps, scheduler):
+    """A run can start midway from an [`InputAudio`], if its strength, given or the default, says so. The number of
+    steps is `None` if it is not known yet."""
+    strength = audio.strength
     if not 0 < strength <= 1:
         raise ValueError(f"`strength` has to be above 0 and up to 1, not {strength}.")
     if strength == 1:
         return
     if audio.inpaints and audio.is_incomplete:
         raise ValueError("`strength` has to be 1 where there is no `audio` to start from: before and after it.")
-    check_steps_remain(strength, num_inference_steps)
+    if num_inference_steps is not None:
+        check_steps_remain(strength, num_inference_steps)
     if isinstance(scheduler, LMSDiscreteScheduler):
         # its `step` takes coefficients for outputs that it has not seen (diffusers 0.42)
-        raise ValueError("`strength` has to be 1 with LMSDiscreteScheduler, which cannot start midway.")
+        raise ValueError(f"`strength` has to be 1, not {strength}, with LMSDiscreteScheduler: it cannot start midway.")
     if warms_up_by_runge_kutta(scheduler):
         raise ValueError(
-            "`strength` has to be 1 for PNDM with its Runge-Kutta warm-up, which cannot start midway. Set the "
-            "scheduler's `skip_prk_steps`."
+            f"`strength` has to be 1, not {strength}, for PNDM with its Runge-Kutta warm-up, which cannot start "
+            "midway. Set the scheduler's `skip_prk_steps`."
         )
 
 

@@ -1,17 +1,35 @@
 """DeepCache: a UNet that computes only its shallowest branch in some evaluations."""
 
 import contextlib
+import functools
+import threading
 from numbers import Integral
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 
 
-DEEP_CACHE_HOOK = "deep_cache"
+class DeepCacheSwitch:
+    """What the modules of one UNet see of its deep cache, and the lock for calls that share the UNet.
+
+    Args:
+        num_skip_channels (`int`): channels of the first convolution's output.
+    """
+
+    def __init__(self, num_skip_channels):
+        self.num_skip_channels = num_skip_channels
+        self.mode = "off"  # "keep" sets `features`, "reuse" reads them
+        self.features = None  # (rows, channels, frames, bins)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):  # of copies, which begin without a call
+        return self.num_skip_channels
+
+    def __setstate__(self, num_skip_channels):
+        self.__init__(num_skip_channels)
 
 
 class DeepCache:
-    """State that the hooks of one UNet share.
+    """The features that one call keeps of a UNet.
 
     The shallowest branch is the first convolution, the last resnet and attention of the last up block, where the skip
     connection from that convolution ends, and the last convolution. The output of all other layers, which is the other
@@ -20,21 +38,31 @@ class DeepCache:
 
     Args:
         interval (`int`): the whole UNet is computed in one of so many evaluations.
-        num_skip_channels (`int`): channels of the first convolution's output.
+        switch ([`DeepCacheSwitch`]): the UNet's.
     """
 
-    def __init__(self, interval, num_skip_channels):
+    def __init__(self, interval, switch):
         self.interval = interval
-        self.num_skip_channels = num_skip_channels
-        self.mode = "off"  # for the hooks: "keep" sets `features`, "reuse" reads them
-        self.features = None  # (rows, channels, frames, bins)
-        self.reset()
-
-    def reset(self):
-        """Drop all features, so that the next evaluation computes the whole UNet."""
+        self.switch = switch
         self.kept = {}  # first frame of a window -> features
         self.age = 0  # evaluations since the last full one
         self.is_guided = False  # whether `kept` has the unconditional rows
+
+    def for_a_call(self):
+        """An empty cache of the same UNet, so that calls that share it do not get each other's features."""
+        return DeepCache(self.interval, self.switch)
+
+    @property
+    def mode(self):
+        return self.switch.mode
+
+    @property
+    def features(self):
+        return self.switch.features
+
+    @features.setter
+    def features(self, features):
+        self.switch.features = features
 
     def advance(self, is_guided):
         """Begin an evaluation: a full one if the features are too old or lack the unconditional rows."""
@@ -44,56 +72,56 @@ class DeepCache:
 
     @contextlib.contextmanager
     def window(self, start, num_rows):
-        """Context in which the UNet is called with the windows from frame `start` on, as `num_rows` rows."""
-        self.mode = "reuse" if self.age else "keep"
-        if self.age:
-            self.features = self.kept[start][-num_rows:]  # the conditional rows are the last
-        try:
-            yield
-            if not self.age:
-                self.kept[start] = self.features.clone()  # a view would keep the whole tensor alive
-        finally:
-            self.mode, self.features = "off", None
+        """Context in which the UNet is called with the windows from frame `start` on, as `num_rows` rows. Other calls
+        of this UNet in such a context wait for its end."""
+        switch = self.switch
+        with switch.lock:
+            switch.mode = "reuse" if self.age else "keep"
+            if self.age:
+                switch.features = self.kept[start][-num_rows:]  # the conditional rows are the last
+            try:
+                yield
+                if not self.age:
+                    self.kept[start] = switch.features.clone()  # a view would keep the whole tensor alive
+            finally:
+                switch.mode, switch.features = "off", None
 
 
-class DeepModuleHook(ModelHook):
-    """Skips a module while features are reused.
-
-    Args:
-        cache ([`DeepCache`])
-        placeholder (`Callable`): turns a tensor without channels into the form of the module's output.
-    """
-
-    def __init__(self, cache, placeholder):
-        super().__init__()
-        self.cache = cache
-        self.placeholder = placeholder
-
-    def new_forward(self, module, hidden_states, *args, **kwargs):
-        if self.cache.mode == "reuse":
-            return self.placeholder(hidden_states[:, :0])
-        return self.fn_ref.original_forward(hidden_states, *args, **kwargs)
+# In place of the `forward` of modules: module-level functions, whose partials can be copied and pickled with a UNet.
 
 
-class ShallowResnetHook(ModelHook):
-    """Stores the deep features among the input channels of the last resnet, or inserts the stored ones there."""
+def own_forward(module, forward):
+    """The `forward` that a module had before, that of its class if `forward` is `None`."""
+    return functools.partial(type(module).forward, module) if forward is None else forward
 
-    _is_stateful = True
 
-    def __init__(self, cache):
-        super().__init__()
-        self.cache = cache
+def skipped_forward(module, switch, forward, placeholder, hidden_states, *args, **kwargs):
+    """Of a module that is skipped while features are reused. `placeholder` turns a tensor without channels into the
+    form of its output."""
+    if switch.mode == "reuse":
+        return placeholder(hidden_states[:, :0])
+    return own_forward(module, forward)(hidden_states, *args, **kwargs)
 
-    def pre_forward(self, module, hidden_states, *args, **kwargs):
-        if self.cache.mode == "keep":
-            self.cache.features = hidden_states[:, : -self.cache.num_skip_channels]
-        elif self.cache.mode == "reuse":
-            hidden_states = torch.cat([self.cache.features, hidden_states], dim=1)  # (rows, channels, frames, bins)
-        return (hidden_states, *args), kwargs
 
-    def reset_state(self, module):
-        self.cache.reset()
-        return module
+def shallow_forward(module, switch, forward, hidden_states, *args, **kwargs):
+    """Of the last resnet: stores the deep features among its input channels, or inserts the stored ones there."""
+    if switch.mode == "keep":
+        switch.features = hidden_states[:, : -switch.num_skip_channels]
+    elif switch.mode == "reuse":
+        hidden_states = torch.cat([switch.features, hidden_states], dim=1)  # (rows, channels, frames, bins)
+    return own_forward(module, forward)(hidden_states, *args, **kwargs)
+
+
+def like_a_resnet(nothing):
+    return nothing
+
+
+def like_attention(nothing):
+    return (nothing,)
+
+
+def like_a_down_block(num_outputs, nothing):
+    return nothing, (nothing,) * num_outputs
 
 
 def install_deep_cache(unet, interval):
@@ -112,23 +140,24 @@ def install_deep_cache(unet, interval):
         raise ValueError(f"`unet` has blocks that a deep cache cannot skip: {sorted(strangers)}.")
     remove_deep_cache(unet)
 
-    def skip(module, placeholder):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(
-            DeepModuleHook(cache, placeholder), DEEP_CACHE_HOOK
-        )
+    switch = DeepCacheSwitch(unet.conv_in.out_channels)
 
-    cache = DeepCache(interval, unet.conv_in.out_channels)
+    def replace_forward(module, function, *args):
+        forward = vars(module).get("forward")  # that of another wrapper, such as a hook that offloads
+        module.forward = functools.partial(function, module, switch, forward, *args)
+
     for block in unet.down_blocks:
         num_outputs = len(block.resnets) + len(block.downsamplers or ())
-        skip(block, lambda nothing, num_outputs=num_outputs: (nothing, (nothing,) * num_outputs))
+        replace_forward(block, skipped_forward, functools.partial(like_a_down_block, num_outputs))
     *up_blocks, last_block = unet.up_blocks
     *resnets, last_resnet = last_block.resnets
     for module in (unet.mid_block, *up_blocks, *resnets):
         if module is not None:
-            skip(module, lambda nothing: nothing)
+            replace_forward(module, skipped_forward, like_a_resnet)
     for attention in getattr(last_block, "attentions", [])[:-1]:
-        skip(attention, lambda nothing: (nothing,))
-    HookRegistry.check_if_exists_or_initialize(last_resnet).register_hook(ShallowResnetHook(cache), DEEP_CACHE_HOOK)
+        replace_forward(attention, skipped_forward, like_attention)
+    replace_forward(last_resnet, shallow_forward)
+    last_resnet._deep_cache = DeepCache(interval, switch)
 
 
 def remove_deep_cache(unet):
@@ -136,14 +165,17 @@ def remove_deep_cache(unet):
     if find_deep_cache(unet) is None:
         return
     for module in unet.modules():
-        if hasattr(module, "_diffusers_hook"):
-            module._diffusers_hook.remove_hook(DEEP_CACHE_HOOK, recurse=False)
+        forward = vars(module).get("forward")
+        if getattr(forward, "func", None) not in (skipped_forward, shallow_forward):
+            continue  # below a wrapper that came later, a forward of a removed cache does what the one before did
+        _, _, forward, *_ = forward.args
+        if forward is None:
+            del module.forward
+        else:
+            module.forward = forward
+    del unet.up_blocks[-1].resnets[-1]._deep_cache
 
 
 def find_deep_cache(unet):
     """The [`DeepCache`] of `unet`, `None` if it has none."""
-    if unet is None:
-        return None
-    registry = getattr(unet.up_blocks[-1].resnets[-1], "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook(DEEP_CACHE_HOOK)
-    return None if hook is None else hook.cache
+    return None if unet is None else getattr(unet.up_blocks[-1].resnets[-1], "_deep_cache", None)

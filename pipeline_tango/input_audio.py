@@ -96,14 +96,14 @@ class PlacedAudio:
 
         A latent is regenerated if any sample or frequency that it is computed from is."""
         if self.mask is None:
-            in_time = torch.ones(1, num_latent_frames, device=device)
+            in_time = torch.ones(1, num_latent_frames, dtype=torch.float32, device=device)
         else:
             num_samples = MEL_HOP_LENGTH * vae_scale_factor
             missing = num_latent_frames * num_samples - self.mask.shape[1]
             samples = torch.from_numpy(np.pad(self.mask, ((0, 0), (0, missing)), "edge")).to(device, torch.float32)
             margin = MEL_FFT_LENGTH // 2
             in_time = F.max_pool1d(samples, num_samples + 2 * margin, num_samples, margin)  # (batch, frames)
-        in_frequency = torch.ones(num_latent_bins, device=device)
+        in_frequency = torch.ones(num_latent_bins, dtype=torch.float32, device=device)
         if self.frequency_mask_in_hz is not None:
             low, high = self.frequency_mask_in_hz
             edges = mel_band_edges()

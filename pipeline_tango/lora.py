@@ -1,6 +1,22 @@
 """Loading and saving of LoRA adapters of the UNet."""
 
+import os
+import re
+from pathlib import Path
+
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
+from huggingface_hub import constants, model_info, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+from .json_files import check_file
+from .model_files import listed
+
+
+lora_logger = logging.get_logger(__name__)
+
+NOT_LORA = ("scheduler", "optimizer", "checkpoint")  # in the names of other files that trainers write
 
 
 class TangoLoraLoaderMixin(LoraBaseMixin):
@@ -18,19 +34,35 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): Hub repo, folder, or state dict.
             return_lora_metadata (`bool`, *optional*, defaults to `False`): also return the adapter's configuration.
             kwargs: `weight_name`, `subfolder`, `revision`, `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+        Raises:
+            ValueError: if there is no file with weights, if one of several has to be named, or if it is damaged.
         """
         options = ("weight_name", "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token")
         fetch_options = {name: kwargs.pop(name, None) for name in options}
         if kwargs:
             raise ValueError(f"Unknown arguments {sorted(kwargs)}; known ones are {list(options)}.")
-        state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict,
-            use_safetensors=True,
-            proxies=None,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=False,
-            **fetch_options,
-        )
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict):
+            if os.path.isfile(source):
+                source, fetch_options["weight_name"] = os.path.split(os.path.abspath(source))
+                fetch_options["subfolder"] = None
+            elif fetch_options["weight_name"] is None:
+                fetch_options["weight_name"] = choose_lora_file(source, fetch_options)
+            path = Path(source, fetch_options["subfolder"] or "", fetch_options["weight_name"])
+            if os.path.isdir(source):
+                check_file(path)
+        try:
+            state_dict, metadata = _fetch_state_dict(
+                source,
+                use_safetensors=True,
+                proxies=None,
+                user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+                allow_pickle=False,
+                **fetch_options,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short: {error}") from error
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -45,14 +77,14 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): see `lora_state_dict`, which also
-                gets `kwargs`. Only safetensors files are read. A passed dict is not changed.
+                gets `kwargs`. A passed dict is not changed.
             adapter_name (`str`, *optional*): name to call the adapter by, `default_{i}` if not given.
             hotswap (`bool`, *optional*, defaults to `False`): replace the weights of the loaded adapter
                 `adapter_name` in place, without recompiling a compiled UNet.
             low_cpu_mem_usage (`bool`, *optional*, defaults to `True`): do not initialise weights that get loaded.
 
         Raises:
-            ValueError: if the file is not a LoRA of this UNet.
+            ValueError: if the file is not a LoRA of this UNet, or not a whole one. The UNet is as it was.
         """
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             pretrained_model_name_or_path_or_dict = dict(pretrained_model_name_or_path_or_dict)
@@ -65,6 +97,7 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
                 f"Not a LoRA file for the UNet: every key has to start with '{self.unet_name}.' and contain 'lora', "
                 f"but {f'{len(strangers)} do not, such as {strangers[0]!r}' if strangers else 'there is none'}."
             )
+        check_lora(state_dict, metadata, self.unet, self.unet_name)
         self.load_lora_into_unet(
             state_dict,
             self.unet,
@@ -146,3 +179,105 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
     def unfuse_lora(self, components=("unet",)):
         """Undo `fuse_lora`."""
         super().unfuse_lora(list(components))
+
+
+def choose_lora_file(folder_or_repo, options):
+    """Name of the file with LoRA weights, relative to `subfolder`. A repo is looked up in the cache where there is no
+    network.
+
+    Args:
+        folder_or_repo (`str` or `os.PathLike`): folder or Hub repo.
+        options (`dict`): `subfolder`, `revision`, `cache_dir`, `local_files_only` and `token`.
+
+    Raises:
+        ValueError: if there is none, or if there are several that trainers do not write at the end.
+    """
+    subfolder = (options["subfolder"] or "").strip("/")
+    if os.path.isdir(folder_or_repo):
+        names = os.listdir(os.path.join(folder_or_repo, subfolder))
+    else:
+        names = repo_files(folder_or_repo, options)
+        names = [name.removeprefix(f"{subfolder}/") for name in names if name.startswith(subfolder)]
+    for suffix in (".safetensors", ".bin"):
+        found = sorted(name for name in names if name.endswith(suffix))
+        final = [name for name in found if not any(part in name for part in NOT_LORA)]
+        final = [name for name in final if name.endswith(f"pytorch_lora_weights{suffix}")] or final
+        if len(final) > 1:
+            lora_logger.warning(
+                f"{folder_or_repo} has several LoRA files: {final[0]} is loaded, `weight_name` says which."
+            )
+        if final or len(found) == 1:
+            return (final or found)[0]
+        if found:
+            raise ValueError(f"{folder_or_repo} has several LoRA files: `weight_name` must be one of {found}.")
+    raise ValueError(f"{folder_or_repo} has no LoRA weights: no .safetensors or .bin file among {sorted(names)[:10]}.")
+
+
+def repo_files(repo, options):
+    """Names of the files of a Hub repo, or of those in the cache where there is no network."""
+    if not (options["local_files_only"] or constants.HF_HUB_OFFLINE):
+        try:
+            info = model_info(str(repo), revision=options["revision"], token=options["token"])
+            return [sibling.rfilename for sibling in info.siblings]
+        except (HfHubHTTPError, ValueError):  # an answer of the Hub, or no name of a repo
+            raise
+        except Exception as error:  # whatever the HTTP library raises without a network
+            lora_logger.warning(f"The Hub cannot be reached, looking for {repo} in the cache: {error}")
+    folder = Path(
+        snapshot_download(
+            str(repo), revision=options["revision"], cache_dir=options["cache_dir"], local_files_only=True
+        )
+    )
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def check_lora(state_dict, metadata, unet, prefix):
+    """Check that a LoRA belongs to a UNet and is whole.
+
+    Args:
+        state_dict (`dict`): the tensors, in any format that [`UNet2DConditionModel.load_lora_adapter`] reads.
+        metadata (`dict`, *optional*): the adapter's configuration.
+        unet ([`UNet2DConditionModel`]): is not changed.
+        prefix (`str`): that all names have.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    unet = getattr(unet, "_orig_mod", unet)  # inside `torch.compile`
+    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state_dict.items()}
+    if "lora_A" not in next(iter(tensors)):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    pattern = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)")
+    unknown = [name for name in tensors if not pattern.fullmatch(name)]
+    modules = {match[1]: None for match in map(pattern.fullmatch, tensors) if match}
+    layers = dict(unet.named_modules())
+    strangers = [name for name in modules if name not in layers]
+    missing, wrong, ranks = [], [], set()
+    for name in modules.keys() - set(strangers):
+        down, up = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
+        if down is None or up is None:
+            missing.append(f"{name}.{'lora_A' if down is None else 'lora_B'}.weight")
+            continue
+        layer = getattr(layers[name], "base_layer", layers[name])
+        sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+        if hasattr(layer, "kernel_size"):
+            sizes = layer.in_channels // layer.groups, layer.out_channels
+        if (down.shape[1:2], up.shape[:1]) != ((sizes[0],), (sizes[1],)) or up.shape[1:2] != down.shape[:1]:
+            wrong.append(f"{name} {tuple(down.shape)} and {tuple(up.shape)} for a layer of {sizes[0]} to {sizes[1]}")
+        elif hasattr(layer, "kernel_size") and tuple(down.shape[2:]) != tuple(layer.kernel_size):
+            wrong.append(f"{name} {tuple(down.shape)} for a kernel of {tuple(layer.kernel_size)}")
+        else:
+            ranks.add(down.shape[0])
+    problems = {
+        "names of an unknown kind": unknown,
+        "layers that the UNet does not have": strangers,
+        "missing": missing,
+        "of a wrong shape": wrong,
+    }
+    problems = [f"{problem}: {listed(sorted(names))}" for problem, names in problems.items() if names]
+    if problems:
+        raise ValueError(f"Not a LoRA file for this UNet, or not a whole one; {'; '.join(problems)}.")
+    metadata = {name.removeprefix(f"{prefix}."): value for name, value in (metadata or {}).items()}
+    known = {metadata.get("r"), *(metadata.get("rank_pattern") or {}).values()}
+    if "r" in metadata and not ranks <= known:
+        raise ValueError(f"The LoRA file is of rank {sorted(ranks)}, but its metadata says {sorted(known)}.")

@@ -29,7 +29,8 @@ def _mel_filters():
         norm="slaney",
         mel_scale="slaney",
     )
-    return torch.from_numpy(filters).float()  # (num_frequency_bins, num_mel_bins)
+    with torch.inference_mode(False):  # else they could not be used in training later
+        return torch.from_numpy(filters).float()  # (num_frequency_bins, num_mel_bins)
 
 
 def log_mel_spectrogram(waveform):
@@ -63,7 +64,7 @@ def log_mel_spectrogram(waveform):
 def _mel_stft(device):
     """Arguments of the transform for `torch.stft` and `torch.istft`."""
     # in float64 first: the float32 window is off by 1e-7, which shows in quiet bands beside loud ones
-    window = torch.hann_window(MEL_FFT_LENGTH, dtype=torch.float64).float().to(device)
+    window = torch.hann_window(MEL_FFT_LENGTH, dtype=torch.float64, device="cpu").float().to(device)
     return {"n_fft": MEL_FFT_LENGTH, "hop_length": MEL_HOP_LENGTH, "window": window}
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pickle
+import posixpath
 import re
 import shutil
 import zipfile
@@ -21,10 +22,12 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
-from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel, T5Tokenizer
+from safetensors.torch import save_file
+from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 from transformers.audio_utils import mel_filter_bank
 
-from .json_files import read_json
+from .json_files import check_file, read_json, write_json
+from .model_files import TOKENIZERS, build_model, check_vocabulary, describe_misfits, listed
 from .weight_maps import TIED, VOCODER_CONSTANTS, original_names, original_shape, plain_names, read, to_diffusers
 
 
@@ -97,14 +100,9 @@ CLASSES = {
     "vocoder": SpeechT5HifiGan,
 }
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-HUB_FILES = (  # of a repo in the original's layout, what `open_original` reads
-    "*.json",
-    "*.md",
-    "*spiece.model",
-    "pytorch_model_main.bin",
-    "pytorch_model_vae.bin",
-    "pytorch_model_stft.bin",
-)
+CONFIG_FILES = ("main_config.json", "vae_config.json", "stft_config.json", "summary.jsonl", "README.md")
+RELEASED_WEIGHTS = ("pytorch_model_main.bin", "pytorch_model_vae.bin", "pytorch_model_stft.bin")
+TRAINING_WEIGHTS = ("pytorch_model_2.bin", "pytorch_model.bin", "pytorch_model_1.bin")  # main, VAE, mel front end
 NAMES_PER_MAPPING = 32  # tensors read through one memory mapping, whose pages count as resident until it is dropped
 STFT_TOLERANCE = 1e-6
 
@@ -116,8 +114,7 @@ GROUPS_REASON = (
 
 def check_pickle(path):
     """Read a PyTorch file through once: `ValueError` if it is missing, cut short or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in tqdm(archive.infolist(), desc=f"checking {path.name}", unit="tensor", delay=2, leave=False):
@@ -238,8 +235,8 @@ def open_original(source, *, scaling_factor=None, download=snapshot_download):
     text_config = read_json(text_encoder / "config.json")
     if text_config.get("model_type") != "t5":
         raise ValueError(f"{text_encoder}: the text encoder must be a T5, got {text_config.get('model_type')!r}")
-    if scaling_factor is None:
-        scaling_factor = read_scaling_factor(layout.vae_config.get("scale_factor"))
+    check_vocabulary(text_encoder)
+    scaling_factor = read_scaling_factor(layout.vae_config.get("scale_factor"), scaling_factor)
     configs = {
         "unet": find_unet_config(config["unet_model_config_path"], layout.roots),
         "text_encoder": text_config,
@@ -268,6 +265,27 @@ def open_original(source, *, scaling_factor=None, download=snapshot_download):
     )
 
 
+def needed_files(main_config, weights=(*RELEASED_WEIGHTS, *TRAINING_WEIGHTS)):
+    """Paths in a checkpoint of all files that `open_original` may read, whichever of them the checkpoint has.
+
+    Args:
+        main_config (`dict`): as `read_main_config` has it.
+        weights (sequence of `str`): files with weights.
+    """
+    keys = ("text_encoder_name", "scheduler_name", "unet_model_config_path")
+    text_encoder, scheduler, unet = (posixpath.normpath(str(main_config.get(key))) for key in keys)
+    files = {*CONFIG_FILES, *weights, unet, f"{unet}/config.json"}
+    files |= {f"{scheduler}/{name}" for name in ("scheduler/scheduler_config.json", "scheduler_config.json")}
+    return files | {f"{text_encoder}/{name}" for name in ("config.json", *TOKENIZER_FILES)}
+
+
+def read_main_config(folder):
+    """What a checkpoint says of its parts: main_config.json, or the arguments of the original's training."""
+    if (folder / "main_config.json").exists() or find_summary(folder) is None:
+        return read_json(folder / "main_config.json")
+    return read_training_config(folder)
+
+
 def find_released(folder):
     """Files and configs of a checkpoint in the layout of the released ones."""
     return Layout(
@@ -283,15 +301,6 @@ def find_released(folder):
 
 def find_training(folder):
     """Files and configs that the original's training saved: its arguments are the first line of summary.jsonl."""
-    summary = find("summary.jsonl", (folder, folder.parent), "")
-    if summary is None:
-        raise ValueError(f"{folder / 'summary.jsonl'} is missing, and so is {folder.parent / 'summary.jsonl'}")
-    try:
-        arguments = json.loads(next(line for line in summary.read_text(encoding="utf-8").splitlines() if line.strip()))
-    except (ValueError, StopIteration) as error:
-        raise ValueError(f"{summary} does not begin with a line of JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{summary} does not begin with a JSON object")
     stft_path = folder / "pytorch_model_1.bin"
     check_pickle(stft_path)
     stft = load_tensors(stft_path)
@@ -300,13 +309,7 @@ def find_training(folder):
         vae=folder / "pytorch_model.bin",
         stft=stft_path,
         roots=(folder, folder.parent),
-        main_config={
-            "text_encoder_name": arguments.get("text_encoder_name"),
-            "scheduler_name": arguments.get("scheduler_name"),
-            "unet_model_name": arguments.get("unet_model_name"),
-            "unet_model_config_path": arguments.get("unet_model_config"),
-            "snr_gamma": arguments.get("snr_gamma"),
-        },
+        main_config=read_training_config(folder),
         vae_config={},
         stft_config={
             **STFT_CONFIG,
@@ -315,6 +318,31 @@ def find_training(folder):
             "win_length": shape_of(stft, "stft_fn.forward_basis", 3)[2],
         },
     )
+
+
+def find_summary(folder):
+    """The log of the original's training, in the folder of a checkpoint or one level up."""
+    return find("summary.jsonl", (folder, folder.parent), "")
+
+
+def read_training_config(folder):
+    """The arguments of the original's training by their names in main_config.json."""
+    summary = find_summary(folder)
+    if summary is None:
+        raise ValueError(f"{folder / 'summary.jsonl'} is missing, and so is {folder.parent / 'summary.jsonl'}")
+    try:
+        arguments = json.loads(next(line for line in summary.read_text(encoding="utf-8").splitlines() if line.strip()))
+    except (ValueError, StopIteration) as error:
+        raise ValueError(f"{summary} does not begin with a line of JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{summary} does not begin with a JSON object")
+    return {
+        "text_encoder_name": arguments.get("text_encoder_name"),
+        "scheduler_name": arguments.get("scheduler_name"),
+        "unet_model_name": arguments.get("unet_model_name"),
+        "unet_model_config_path": arguments.get("unet_model_config"),
+        "snr_gamma": arguments.get("snr_gamma"),
+    }
 
 
 def open_ckpt(path, scaling_factor):
@@ -326,8 +354,7 @@ def open_ckpt(path, scaling_factor):
     tensors = load_first_stage(path)
     if not tensors:
         raise ValueError(f"{path} must hold tensors named `{CKPT_PREFIX}*`, got {listed(everything)}")
-    if scaling_factor is None:
-        scaling_factor = read_scaling_factor(everything.get("scale_factor"))
+    scaling_factor = read_scaling_factor(everything.get("scale_factor"), scaling_factor)
     configs = {"vae": vae_config(tensors, {}, scaling_factor), "vocoder": vocoder_config(tensors, STFT_CONFIG)}
     losses = {name for name in tensors if name.startswith("loss.")}
     wanted = {}
@@ -393,14 +420,48 @@ def save_component(original, component, folder, dtype=None, variant=None):
         return loaded.to("meta")
     loaded.save_pretrained(folder / component)
     if component == "tokenizer":
-        for name in ("spiece.model", "tokenizer.json"):  # each version of transformers reads one of them
+        for name in TOKENIZERS:
             if (original.text_encoder / name).is_file() and not (folder / component / name).exists():
                 shutil.copyfile(original.text_encoder / name, folder / component / name)
     return loaded
 
 
-def read_scaling_factor(value):
-    """The VAE's scaling factor that a checkpoint has, or where it has none that of the AudioLDM family."""
+def save_pipeline(original, folder, pipeline_class, dtype=None, variant=None, scheduler_class=None):
+    """Write the diffusers folder of a checkpoint, one component in memory at a time.
+
+    Args:
+        original (`Original`): a whole checkpoint, not that of a .ckpt file.
+        folder (`Path`): where to write.
+        pipeline_class (`type`): `TangoPipeline`.
+        dtype (`torch.dtype` or `dict`, *optional*): of the weights, or component -> dtype. Defaults to that of the
+            checkpoint.
+        variant (`str`, *optional*): weights are named diffusion_pytorch_model.VARIANT.safetensors.
+        scheduler_class (`type`, *optional*): of the scheduler, with the checkpoint's noise schedule.
+    """
+    components = {}
+    for component in ("tokenizer", "scheduler", *original.configs):
+        component_dtype = dtype.get(component) if isinstance(dtype, dict) else dtype
+        components[component] = save_component(original, component, folder, component_dtype, variant)
+    if scheduler_class is not None:
+        components["scheduler"] = scheduler_class.from_config(components["scheduler"].config)
+        components["scheduler"].save_pretrained(folder / "scheduler")
+    pipeline_class(**components).save_config(folder)
+    write_json(folder / "original" / "main_config.json", original.main_config)
+    write_json(folder / "original" / "stft_config.json", original.stft_config)
+    (folder / "original" / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (original.text_encoder / name).is_file():
+            shutil.copyfile(original.text_encoder / name, folder / "original" / "tokenizer" / name)
+    stft = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in original.stft.items()}
+    save_file(stft, folder / "original" / "stft.safetensors")
+
+
+def read_scaling_factor(value, given=None):
+    """The VAE's scaling factor: the one `given`, else that of the checkpoint, else that of the AudioLDM family."""
+    if given is not None:
+        if not 0 < given < math.inf:
+            raise ValueError(f"`scaling_factor` must be a positive number, got {given!r}")
+        return given
     if value is None:
         logger.warning(
             "the checkpoint does not have the VAE's scaling factor: using %s, that of the AudioLDM family "
@@ -429,6 +490,12 @@ def vae_config(tensors, original_config, scaling_factor):
     num_levels = max(count(tensors, "encoder.down."), 1)
     has_attention = [f"encoder.down.{i}.attn.0.norm.weight" in tensors for i in range(num_levels)]
     channels = [shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
+    width = shape_of(tensors, "encoder.conv_in.weight", 4)[0]
+    if channels[0] != width:
+        raise ValueError(
+            f"the VAE's first level has {channels[0]} channels and its first convolution {width}: `ch_mult` has to "
+            "begin with 1, since AutoencoderKL has one number for both"
+        )
     factors = [width // channels[0] for width in channels]
     if ddconfig and (ddconfig["ch"], ddconfig["ch_mult"]) != (channels[0], factors):
         raise ValueError(
@@ -476,18 +543,7 @@ def vocoder_config(tensors, stft_config):
 
 def build(component, config):
     """A model without weights, on the meta device."""
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    try:
-        with torch.device("meta"):
-            if component == "text_encoder":
-                return T5EncoderModel(T5Config.from_dict(config))
-            if component == "vocoder":
-                return SpeechT5HifiGan(SpeechT5HifiGanConfig.from_dict(config))
-            return CLASSES[component].from_config(config)
-    except Exception as error:  # the libraries check configs each in its own way, or not at all
-        raise ValueError(
-            f"the config of the {component} describes no {CLASSES[component].__name__}: {error}"
-        ) from error
+    return build_model(CLASSES[component], config, f"the config of the {component}")
 
 
 def shapes_of(model):
@@ -526,20 +582,10 @@ def check_tensors(path, tensors, wanted):
         for name in sorted(found & set(wanted))
         if read(tensors, name).shape != wanted[name]
     ]
-    problems = {
-        "missing": sorted(set(wanted) - found),
-        "unexpected": sorted(found - dropped - set(wanted)),
-        "of a wrong shape": wrong,
-    }
-    problems = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
+    problems = describe_misfits(missing=set(wanted) - found, unexpected=found - dropped - set(wanted), wrong=wrong)
     if problems:
-        raise ValueError(f"{path} does not fit the configs; {'; '.join(problems)}")
+        raise ValueError(f"{path} does not fit the configs; {problems}")
     return sorted(dropped)
-
-
-def listed(names):
-    names = [f"`{name}`" for name in names]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def shape_of(tensors, name, num_dimensions):

@@ -21,6 +21,8 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from .attention import BlockedAttnProcessor  # noqa: F401
@@ -80,11 +83,13 @@ from .mel import (  # noqa: F401
     log_mel_spectrogram_in_chunks,
     match_mel_spectrogram,
 )
-from .prompts import TextTrack
-from .schedule import SCHEDULERS, Schedule  # noqa: F401
-from .seams import composite, split_band  # noqa: F401
+from .model_files import check_loaded, check_savable, check_weights, find_model
+from .prompts import TextTrack, describe_loss
+from .schedule import SCHEDULERS, Schedule, check_not_in_use, in_use  # noqa: F401
+from .seams import composite, split_band, used_samples  # noqa: F401
 from .single_file import single_file
-from .windows import WindowPlan, blend_windows, window_weights
+from .torch_settings import in_own_torch_settings, own_torch_settings
+from .windows import WindowPlan, blend_windows, window_weights, windows_over
 
 
 if is_torch_xla_available():
@@ -112,6 +117,22 @@ class StepCallback(NamedTuple):
         text.prompt_embeds = outputs.pop("prompt_embeds", text.prompt_embeds)
         text.attention_mask = outputs.pop("attention_mask", text.attention_mask)
         return outputs.pop("latents", latents)
+
+
+def load_without_converter(source, attempt):
+    """What `attempt` loads from `source`, or an error that says what checkpoints in the original's layout need."""
+    folder = str(source)
+    has_index = os.path.isfile(os.path.join(folder, "model_index.json"))
+    is_original = not has_index and os.path.isfile(os.path.join(folder, "main_config.json"))
+    try:
+        return attempt(source)
+    except (OSError, ValueError) as error:
+        if is_original or isinstance(error, RemoteEntryNotFoundError):
+            raise OSError(
+                f"{source} has no model_index.json. To load a checkpoint in the original's layout, either install the "
+                "package pipeline-tango, or convert it by tango-convert where that is installed and load the result."
+            ) from error
+        raise
 
 
 class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
@@ -176,6 +197,75 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, remove_originals=False, **kwargs):
+        """Load as [`DiffusionPipeline.from_pretrained`] does, but never with something missing, and checkpoints in the
+        original's layout too.
+
+        A checkpoint in the original's layout, such as "declare-lab/tango2" or a folder of its training, is downloaded
+        and converted once, one component at a time. The result is kept in the Hub's cache for each commit and `dtype`,
+        and is what later calls load, offline too. `tango-cache` lists and removes what is kept.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder, of either layout.
+            remove_originals (`bool`, *optional*, defaults to `False`): delete the weights in the original's layout
+                from the Hub's cache once they are converted. Folders outside of it are never changed.
+            kwargs: as in diffusers. `dtype` is also what is converted to, float32 if not given.
+
+        Raises:
+            OSError: there is no such repo or folder, the Hub cannot be reached, or the disk is full.
+            ValueError: naming the component and the file or tensors that are missing, unexpected or damaged; or
+                `variant` is given for a checkpoint in the original's layout.
+        """
+
+        def attempt(source, **more):
+            options, folder = {**kwargs, **more}, source
+            if not os.path.isdir(folder) and str(folder).count("/") < 2:
+                folder = cls.download(folder, **options)
+            if not os.path.isdir(folder):
+                return super(TangoPipeline, cls).from_pretrained(folder, **options)  # says what is wrong with the name
+            return cls._from_folder(folder, pretrained_model_name_or_path, **options)
+
+        try:  # by its name, since the code file of a Hub repo has nothing beside it and may do without the package
+            converted = import_module("pipeline_tango.converted")
+        except ImportError:
+            return load_without_converter(pretrained_model_name_or_path, attempt)
+        names = ("variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        return converted.with_conversion(
+            pretrained_model_name_or_path,
+            attempt,
+            cls,
+            dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
+            remove_originals=remove_originals,
+            **{name: kwargs[name] for name in names if name in kwargs},
+        )
+
+    @classmethod
+    def _from_folder(cls, folder, name_or_path, **kwargs):
+        """The pipeline in a diffusers folder, which a repo or folder called `name_or_path` was found to be."""
+        files = find_model(
+            folder,
+            class_names=[each.__name__ for each in cls.__mro__ if issubclass(each, TangoPipeline)],
+            variant=kwargs.get("variant"),
+            passed=kwargs,
+            use_safetensors=kwargs.get("use_safetensors"),
+        )
+        try:
+            pipe = super().from_pretrained(folder, **kwargs)
+        except Exception:
+            check_weights(*files)  # which names the tensors, where they were the reason
+            raise
+        check_weights(*files, models=pipe.components)
+        pipe.register_to_config(_name_or_path=name_or_path)
+        return pipe
+
+    def register_to_config(self, **kwargs):
+        """As [`ConfigMixin`]'s. [`DiffusionPipeline.from_pretrained`], which loads this file as a `custom_pipeline`,
+        ends with it: what it has loaded is checked here as `from_pretrained` above checks it."""
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
+            check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
+
     @property
     def num_mel_bins(self):
         return self.vocoder.config.model_in_dim - self.config.num_noise_channels
@@ -202,6 +292,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def interrupt(self):
         return self._interrupt
 
+    @own_torch_settings()
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -258,14 +349,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         outputs = []
         for text, embeds, mask in conditions:
             if embeds is None:
-                if num_tokens == self.tokenizer.model_max_length:
-                    for ids in self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids:
-                        if len(ids) >= num_tokens:  # the end token takes the last place
-                            logger.warning(
-                                f"The text encoder reads at most {num_tokens} tokens. This end of the prompt was cut "
-                                f"off: {self.tokenizer.decode(ids[num_tokens - 1 :])!r}"
-                            )
                 distinct = list(dict.fromkeys(text))  # each is encoded once, as the one negative prompt of a batch
+                for sentence in (sentence for each in distinct for sentence in describe_loss(each, self.tokenizer)):
+                    logger.warning(sentence)
                 inputs = self.tokenizer(
                     distinct, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
                 )
@@ -312,12 +398,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """The UNet's [`DeepCache`], `None` if it has none."""
         return find_deep_cache(self.unet)
 
-    def maybe_free_model_hooks(self):
-        """Offload the models after a call, and drop the features of a deep cache."""
-        super().maybe_free_model_hooks()
-        if self.deep_cache is not None:
-            self.deep_cache.reset()
-
     def save_pretrained(
         self,
         save_directory,
@@ -328,13 +408,24 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         **push_to_hub_kwargs,
     ):
         """Save as [`DiffusionPipeline.save_pretrained`] does, which `push_to_hub` calls, with the code as one file,
-        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed."""
+        `pipeline.py`, so that `custom_pipeline` loads the folder or repo where this package is not installed.
+
+        Raises:
+            ValueError: before anything is written, if a model has adapters or offloaded weights, or could not be
+                loaded again for another reason.
+        """
+        check_savable(self.components)
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "wb") as file:
             file.write(single_file(__file__).encode())
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, push_to_hub, **push_to_hub_kwargs
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Upload what `save_pretrained` saves, as [`DiffusionPipeline.push_to_hub`] does."""
+        check_savable(self.components)  # before a repo is created
+        return super().push_to_hub(*args, **kwargs)
 
     def prepare_extra_step_kwargs(self, generator, eta):
         """The arguments among `generator` and `eta` that this scheduler's `step` has. `eta=None` keeps its default."""
@@ -363,9 +454,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
     def _latent_shape(self, num_latent_frames):
         return self.unet.config.in_channels, num_latent_frames, self.num_mel_bins // self.vae_scale_factor
 
-    def _encode_audio(self, placed, windows, num_copies, device, generator):
+    def _encode_audio(self, placed, windows, num_copies, device, generator, decoded):
         """Scaled latents of a [`PlacedAudio`], sampled from the VAE's posterior: `(batch * num_copies, channels,
-        num_latent_frames, latent mel bins)`, the copies of a clip next to each other."""
+        num_latent_frames, latent mel bins)`, the copies of a clip next to each other. Only those that windows which
+        are denoised or `decoded`, a set of first frames, have are encoded; all if that is `None`."""
         num_samples = windows.num_latent_frames * self.vae_scale_factor * self.hop_length
         mels = [log_mel_spectrogram_in_chunks(each, device) for each in placed.encoder_inputs(num_samples)]
         mel_spectrogram = torch.stack(mels)[:, None].repeat_interleave(num_copies, dim=0)  # (batch, 1, frames, bins)
@@ -373,8 +465,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         def encode(mel_windows, starts):
             return self.vae.encode(mel_windows.to(self.vae.dtype)).latent_dist.parameters.float()
 
+        length, needed = windows.num_frames_in_window, windows.starts
+        if decoded is not None:
+            read = {start for start in windows.starts if windows.is_denoised(start)} | decoded
+            needed = windows_over([(start, start + length) for start in read], windows.starts, length)
         parameters = blend_windows(
-            encode, mel_spectrogram, windows.num_frames_in_window, factor_in=self.vae_scale_factor
+            encode, mel_spectrogram, length, factor_in=self.vae_scale_factor, is_needed=set(needed).__contains__
         )
         return DiagonalGaussianDistribution(parameters).sample(generator) * self.vae.config.scaling_factor
 
@@ -392,7 +488,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """
         if noise is None:
             shape = (*mel_spectrogram.shape[:3], self.config.num_noise_channels)
-            noise = randn_tensor(shape, device=mel_spectrogram.device)
+            noise = randn_tensor(shape, device=mel_spectrogram.device, dtype=torch.float32)
         inputs = torch.cat([mel_spectrogram, noise.to(mel_spectrogram.dtype)], dim=3).squeeze(1)
         dtype = get_parameter_dtype(self.vocoder)  # not `.dtype`, which is the storage type under layerwise casting
         waveform = self.vocoder(inputs.to(dtype)).float()
@@ -493,7 +589,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         check_front_end(sampling_rate, self.hop_length, self.num_mel_bins)
         input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
         check_input_audio(input_audio, stream)
-        check_strength(strength, input_audio, num_inference_steps, self.scheduler)
+        has_own_steps = timesteps is not None or sigmas is not None
+        check_strength(input_audio, None if has_own_steps else num_inference_steps, self.scheduler)
         return windows, keyframes, input_audio
 
     def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
@@ -513,6 +610,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         num_blocks = math.ceil(num_samples / (self.hop_length * self.vae_scale_factor * self.unet_scale_factor))
         return num_blocks * self.unet_scale_factor
 
+    @own_torch_settings()
     @torch.no_grad()
     def __call__(
         self,
@@ -628,7 +726,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
                 audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
                 and 0 where to keep, for each sample of `audio`. The rest of the audio is kept sample for sample,
-                except for a crossfade of 20 ms beside each region.
+                except for a crossfade of 20 ms beside each region; if it goes beyond [-1, 1] there, the whole result
+                is turned down by one factor, with a warning. Only windows with something to regenerate are computed.
             frequency_mask_in_hz (`tuple[float, float]`, *optional*):
                 Band of `audio` to regenerate, such as `(4000, 8000)` for a sound that has nothing above 4 kHz.
             audio_start_in_s (`float`, *optional*, defaults to 0.0):
@@ -659,7 +758,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         Raises:
             ValueError: for a wrong argument, before any model runs.
-            RuntimeError: if the models produce NaN or infinity.
+            RuntimeError: if the models produce NaN or infinity, or if another call with this pipeline or its scheduler
+                is not over.
 
         Examples:
             >>> from pipeline_tango import TangoPipeline
@@ -670,8 +770,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             >>> wavfile.write("rain.wav", pipe.vocoder.config.sampling_rate, audio)
         """
         # 1. Defaults and inputs
+        check_not_in_use(self, self.scheduler)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
@@ -692,12 +795,15 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         )  # fmt: skip
         num_waveforms = len(keyframes) * num_waveforms_per_prompt
 
-        # 2. Call state
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._guidance_interval = guidance_interval
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
+        # 2. Call state, which callbacks may change
+        call_state = {
+            "_guidance_scale": guidance_scale,
+            "_guidance_rescale": guidance_rescale,
+            "_guidance_interval": guidance_interval,
+            "_cross_attention_kwargs": cross_attention_kwargs,
+            "_interrupt": False,
+        }
+        vars(self).update(call_state)
         device = self._execution_device
 
         # 3. Audio on the time line of the result
@@ -705,6 +811,14 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if input_audio is not None and input_audio.is_used:
             placed = place_audio(input_audio, windows.num_samples)
             check_placed_audio(placed, input_audio.strength)
+            if placed.mask is not None:
+                num_frames, num_bins = self._latent_shape(windows.num_latent_frames)[1:]
+                mask = placed.latent_mask(num_frames, num_bins, self.vae_scale_factor, "cpu")
+                windows = replace(
+                    windows,
+                    regenerated_frames=mask.amax((0, 1, 3)).numpy() > 0,  # (num_latent_frames,)
+                    used_samples=used_samples(placed),
+                )
 
         # 4. Schedule, before any model runs since the scheduler has conditions of its own
         schedule = Schedule(
@@ -713,11 +827,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             timesteps,
             sigmas,
             strength=1.0 if input_audio is None else input_audio.strength,
-            adds_noise=placed is not None or len(windows.spans) > 1,
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
         )
-        check_schedule(schedule)
-        self._num_timesteps = len(schedule.timesteps)
+        check_schedule(schedule, self.unet.config.in_channels)
+        call_state["_num_timesteps"] = self._num_timesteps = len(schedule.timesteps)
 
         # 5. Text
         if prompt is not None:
@@ -742,24 +855,33 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
         # 6. Latents, and those that are known
         latents = self.prepare_latents(num_waveforms, windows.num_latent_frames, device, generator, latents)
-        known = self._prepare_known_latents(latents, placed, windows, generator)
+        decoded = None if output_type == "latent" else self._decoded_windows(windows)
+        known = self._prepare_known_latents(latents, placed, windows, generator, decoded)
 
-        # 7. Denoise and decode: two iterators, which run when the result is asked for
+        # 7. Denoise and decode: iterators, which run when the result is asked for
         callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        denoised = self._denoise(latents, known, text, windows, schedule, callback)
-        chunks = self._decode(denoised, windows, generator)
-        if stream:
-            return self._stream(chunks, output_type)
+        denoised = self._denoise(latents, known, text, windows, schedule, callback, call_state)
         if output_type == "latent":
-            for result, _ in denoised:
+            for result, _ in in_use(denoised, self, self.scheduler):
                 pass
         else:
-            result, num_done = torch.empty(num_waveforms, windows.num_samples, device=latents.device), 0
+            chunks = in_use(self._decode(denoised, windows, generator), self, self.scheduler)
+            if stream:
+                return in_own_torch_settings(self._stream(chunks, output_type))
+            num_done = 0
+            result = torch.empty(num_waveforms, windows.num_samples, dtype=torch.float32, device=latents.device)
             for chunk in chunks:
                 result[:, num_done : num_done + chunk.shape[1]] = chunk
                 num_done += chunk.shape[1]
             if placed is not None:
-                result = composite(result, placed, num_waveforms // len(placed.waveform))
+                num_copies = num_waveforms // len(placed.waveform)
+                result, factors = composite(result, placed, num_copies, windows.used_samples)
+                if min(factors) < 1:
+                    loud = {i: round(factor, 3) for i, factor in enumerate(factors) if factor < 1}
+                    logger.warning(
+                        f"`audio` reaches beyond [-1, 1] where it is kept. To clip nothing, waveforms were multiplied "
+                        f"by {loud}."
+                    )
         self.maybe_free_model_hooks()
 
         # 8. Result
@@ -783,12 +905,12 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             return audio_start_in_s + max(clips.lengths_in_s)
         return self.config.default_audio_length_in_s
 
-    def _prepare_known_latents(self, latents, placed, windows, generator):
+    def _prepare_known_latents(self, latents, placed, windows, generator, decoded):
         """[`KnownLatents`] of a [`PlacedAudio`], or of windows that go on from the one before. `None` for neither."""
         is_sequential = len(windows.spans) > 1
         if placed is not None:
             num_copies = len(latents) // len(placed.waveform)
-            known_latents = self._encode_audio(placed, windows, num_copies, latents.device, generator)
+            known_latents = self._encode_audio(placed, windows, num_copies, latents.device, generator, decoded)
         elif is_sequential:
             known_latents = torch.zeros_like(latents)
         else:
@@ -802,7 +924,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return KnownLatents(self.scheduler, known_latents, latents / self.scheduler.init_noise_sigma, mask)
 
     @torch.no_grad()
-    def _denoise(self, latents, known, text, windows, schedule, callback):
+    def _denoise(self, latents, known, text, windows, schedule, callback, call_state):
         """The denoising loop, once for each span of a [`WindowPlan`].
 
         Args:
@@ -813,12 +935,18 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             windows ([`WindowPlan`])
             schedule ([`Schedule`])
             callback ([`StepCallback`])
+            call_state (`dict`): attributes of the pipeline. A stream may begin after other calls, which change them.
 
         Yields:
             All latents, and how many frames of them are finished.
         """
+        vars(self).update(call_state)
         all_latents, spans = latents, windows.spans
         for begin, end in spans:
+            if len(spans) > 1 and not windows.is_denoised(begin):
+                all_latents[:, :, begin:end] = known.latents[:, :, begin:end]
+                yield all_latents, end
+                continue
             schedule.restart()
             timesteps = schedule.timesteps
             unet_timesteps = timesteps.float().to(latents.device)  # exact, and some devices have no float64
@@ -830,9 +958,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 latents = known.restore(latents, frames, timesteps[:1])
 
             text.selected.clear()
-            deep_cache = self.deep_cache
-            if deep_cache is not None:
-                deep_cache.reset()
+            deep_cache = None if self.deep_cache is None else self.deep_cache.for_a_call()
             with self.progress_bar(total=schedule.num_steps) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
@@ -855,7 +981,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
 
                     latent_model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
                     model_pred = blend_windows(
-                        predict, latent_model_input, windows.num_frames_in_window, windows.num_windows_at_once
+                        predict,
+                        latent_model_input,
+                        windows.num_frames_in_window,
+                        windows.num_windows_at_once,
+                        is_needed=windows.is_denoised,
                     )
                     latents = schedule.step(model_pred, t, latents)
                     if known is not None:
@@ -891,7 +1021,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if self.unet.config.time_cond_proj_dim is not None:
             # a guidance-distilled UNet reads w - 1 (https://huggingface.co/papers/2310.04378)
             weights = torch.full(
-                (len(latent_model_input),), (self.guidance_scale - 1) * 1000.0, device=latent_model_input.device
+                (len(latent_model_input),),
+                (self.guidance_scale - 1) * 1000.0,
+                dtype=torch.float32,
+                device=latent_model_input.device,
             )
             timestep_cond = get_timestep_embedding(
                 weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
@@ -927,40 +1060,55 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         Yields:
             `torch.Tensor` of shape `(batch, some samples)`, `windows.num_samples` in all.
         """
-        context, starts, num_samples = self._vocoder_context(), windows.starts, windows.num_samples
-        num_windows_done = num_frames_done = 0
+        starts, num_samples, factor = windows.starts, windows.num_samples, self.vae_scale_factor
+        chunks, decoded, num_windows_done = self._chunks(windows), self._decoded_windows(windows), 0
         for latents, num_finished in denoised:
             if num_windows_done == 0:
-                shape = (latents.shape[0], 1, latents.shape[2] * self.vae_scale_factor, self.num_mel_bins)
+                shape = (latents.shape[0], 1, latents.shape[2] * factor, self.num_mel_bins)
                 total, total_weights = latents.new_zeros(shape), latents.new_zeros(shape[2], 1)
                 shape = (*shape[:3], self.config.num_noise_channels)
-                noise = randn_tensor(shape, generator=generator, device=latents.device)
-            for start in starts[num_windows_done:]:
+                noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32)
+            for start, (first, chunk_start, chunk_end, ready) in zip(
+                starts[num_windows_done:], chunks[num_windows_done:]
+            ):
                 window = latents[:, :, start : start + windows.num_frames_in_window]
                 if start + window.shape[2] > num_finished:
                     break
-                mel_spectrogram = self.vae.decode(
-                    (window / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
-                )[0].float()  # (batch, 1, num_frames, num_mel_bins)
-                num_frames = mel_spectrogram.shape[2]
-                weights = window_weights(num_frames, latents.device) if len(starts) > 1 else 1.0
-                frames = slice(start * self.vae_scale_factor, start * self.vae_scale_factor + num_frames)
-                total[:, :, frames] += mel_spectrogram * weights
-                total_weights[frames] += weights
+                if start in decoded:
+                    mel_spectrogram = self.vae.decode(
+                        (window / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
+                    )[0].float()  # (batch, 1, num_frames, num_mel_bins)
+                    num_frames = mel_spectrogram.shape[2]
+                    weights = window_weights(num_frames, latents.device) if len(starts) > 1 else 1.0
+                    frames = slice(start * factor, start * factor + num_frames)
+                    total[:, :, frames] += mel_spectrogram * weights
+                    total_weights[frames] += weights
                 num_windows_done += 1
 
-                ready = end = total.shape[2]
-                if num_windows_done < len(starts):
-                    ready = starts[num_windows_done] * self.vae_scale_factor
-                    end = max(ready - context, num_frames_done)
-                first = max(num_frames_done - context, 0)
-                if end > num_frames_done and num_frames_done * self.hop_length < num_samples:
-                    waveform = self.mel_spectrogram_to_waveform(
-                        total[:, :, first:ready] / total_weights[first:ready], noise[:, :, first:ready]
-                    )  # (batch, at least num_frames * hop)
-                    stop = min(end * self.hop_length, num_samples)
-                    yield waveform[:, (num_frames_done - first) * self.hop_length : stop - first * self.hop_length]
-                    num_frames_done = end
+                first_sample, start_sample, end_sample = (
+                    min(each * self.hop_length, num_samples) for each in (first, chunk_start, chunk_end)
+                )
+                if start_sample == end_sample:
+                    continue
+                if not windows.is_used(start_sample, end_sample):
+                    yield total.new_zeros(total.shape[0], end_sample - start_sample)
+                    continue
+                waveform = self.mel_spectrogram_to_waveform(
+                    total[:, :, first:ready] / total_weights[first:ready], noise[:, :, first:ready]
+                )  # (batch, at least num_frames * hop)
+                yield waveform[:, start_sample - first_sample : end_sample - first_sample]
+
+    def _chunks(self, windows):
+        return windows.chunks(self.vae_scale_factor, self._vocoder_context())
+
+    def _decoded_windows(self, windows):
+        """First frames of the windows that are decoded, a set: those of chunks that the result depends on."""
+        ranges = [
+            (first / self.vae_scale_factor, ready / self.vae_scale_factor)
+            for first, start, end, ready in self._chunks(windows)
+            if start < end and windows.is_used(start * self.hop_length, end * self.hop_length)
+        ]
+        return set(windows_over(ranges, windows.starts, windows.num_frames_in_window))
 
     def _vocoder_context(self):
         """Half the receptive field in mel frames: half of each kernel, at the rate of its layer."""
@@ -986,6 +1134,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 self._finite_peaks(chunk)
                 yield chunk.cpu().numpy() if output_type == "np" else chunk
         finally:
+            chunks.close()
             self.maybe_free_model_hooks()
 
     def _finite_peaks(self, audio):
@@ -994,8 +1143,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         peaks = torch.maximum(-lowest, highest)  # (batch,), NaN where there is one
         if not torch.isfinite(peaks).all():
             broken = [i for i, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
-            raise RuntimeError(
-                f"The models produced NaN or infinity in waveform(s) {broken}. float16 overflows in some of them: use "
-                "torch.bfloat16 or torch.float32, at least for `text_encoder`, `vae` and `vocoder`."
-            )
+            models = {name: each for name, each in self.components.items() if isinstance(each, torch.nn.Module)}
+            dtypes = {name: str(get_parameter_dtype(model)).removeprefix("torch.") for name, model in models.items()}
+            advice = "Weights (of a LoRA as well), `latents` or what a callback returned may be broken."
+            if overflowing := [name for name, dtype in dtypes.items() if dtype == "float16"]:
+                advice = f"float16 overflows in some of them: use bfloat16 or float32 for {overflowing}."
+            raise RuntimeError(f"The models, in {dtypes}, produced NaN or infinity in waveform(s) {broken}. {advice}")
         return peaks

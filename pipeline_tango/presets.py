@@ -1,5 +1,8 @@
 """Settings by name: schedulers, what `--fast` sets, and the dtypes and the attention that suit a device."""
 
+import math
+
+
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")  # those of `SCHEDULERS`
 
 # What --fast sets. Each is also a flag, and explicit flags override the preset. The guidance scale is higher than
@@ -14,6 +17,17 @@ def fast_settings(model):
 
     width = max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"])
     return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
+
+
+def most_steps(model, scheduler):
+    """The largest number of steps of a scheduler, given by its class name: LCM takes a subset of its
+    `original_inference_steps`. Of the others the pipeline says what they cannot do."""
+    from diffusers import LCMScheduler
+
+    if scheduler != LCMScheduler.__name__:
+        return math.inf
+    config = LCMScheduler.load_config(model, subfolder="scheduler")
+    return LCMScheduler.from_config(config).config.original_inference_steps
 
 
 def choose_dtypes(name, device, fast=False):

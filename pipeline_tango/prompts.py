@@ -1,9 +1,42 @@
-"""Prompts that move over time: which of their texts guides a window."""
+"""Prompts: what of them the text encoder does not read, and which texts of one that moves guide a window."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+
+NUM_QUOTED_TOKENS = 24  # a few words
+
+
+def describe_loss(text, tokenizer):
+    """Sentences about what of a prompt the tokenizer loses: the end of a long one, characters that it does not know.
+
+    Returns:
+        `list[str]`, empty if nothing is lost.
+    """
+    sentences, limit = [], tokenizer.model_max_length
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) >= limit:  # the end token takes the last place
+        before = tokenizer.decode(ids[limit - 1 - NUM_QUOTED_TOKENS : limit - 1])
+        after = tokenizer.decode(ids[limit - 1 : limit - 1 + NUM_QUOTED_TOKENS])
+        sentences.append(
+            f"A prompt has {len(ids) + 1} tokens, of which the text encoder reads {limit}: it was cut off between "
+            f"'... {before}' and '{after} ...'."
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        unknown = [
+            character
+            for character in dict.fromkeys(text)
+            if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False).input_ids
+        ]
+        if unknown:
+            quoted = " ".join(unknown[:20]) + (" ..." if len(unknown) > 20 else "")
+            sentences.append(
+                f"The tokenizer does not know {len(unknown)} character(s) of a prompt: {quoted}. All unknown ones are "
+                "the same to the text encoder: use words of the language that the checkpoint was trained on."
+            )
+    return sentences
 
 
 @dataclass
@@ -73,4 +106,4 @@ def texts_at(seconds, keyframes, num_copies):
             next_rows.append((num_rows + following) * num_copies + copy)
             weights.append(position - index)
         num_rows += len(each)
-    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(weights)
+    return torch.tensor(rows), torch.tensor(next_rows), torch.tensor(weights, dtype=torch.float32)

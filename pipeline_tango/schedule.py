@@ -1,5 +1,7 @@
 """Schedulers by short name, and the steps of a call."""
 
+import contextlib
+import inspect
 import math
 
 import torch
@@ -35,8 +37,10 @@ class Schedule:
         num_inference_steps (`int`)
         timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): either of them is used instead.
         strength (`float`, *optional*, defaults to 1.0): fraction of the steps that is taken, as in image-to-image.
-        adds_noise (`bool`, *optional*, defaults to `False`): whether the scheduler's `add_noise` is used.
         step_kwargs (`dict`, *optional*): further arguments of the scheduler's `step`.
+
+    Raises:
+        ValueError: if the scheduler cannot set up such steps.
     """
 
     def __init__(
@@ -46,12 +50,10 @@ class Schedule:
         timesteps=None,
         sigmas=None,
         strength=1.0,
-        adds_noise=False,
         step_kwargs=None,
     ):
         self.scheduler = scheduler
         self.strength = strength
-        self.adds_noise = adds_noise
         self.step_kwargs = step_kwargs or {}
         if timesteps is not None:
             self.given = {"timesteps": timesteps}
@@ -59,7 +61,8 @@ class Schedule:
             self.given = {"sigmas": sigmas}
         else:
             self.given = {"num_inference_steps": num_inference_steps}
-        self.restart()
+        with self._refusals():
+            self.restart()
 
     def restart(self):
         """Reset the scheduler to the start of a run, and set `timesteps`, those that are taken.
@@ -78,9 +81,64 @@ class Schedule:
             timesteps = torch.cat([timesteps[:2], timesteps[1:]])
         else:
             timesteps = timesteps[num_skipped * order :]
-        if self.adds_noise and hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(num_skipped * order)  # `add_noise` follows the steps from here on
+        if hasattr(scheduler, "set_begin_index"):
+            # else it would look for the value of the first timestep, which several steps may have, and `add_noise`
+            # for those of the others
+            scheduler.set_begin_index(num_skipped * order)
         self.timesteps = timesteps
+
+    def rehearse(self, num_channels):
+        """Take all steps in a copy of the scheduler, with small tensors in place of the models, since schedulers that
+        count their steps can fail midway: they index beyond the last one, do not implement a combination of their
+        options, or divide by zero.
+
+        Raises:
+            ValueError: if the scheduler fails, or ends in NaN or infinity.
+        """
+        if not hasattr(self.scheduler, "set_begin_index"):
+            return
+        generator = torch.Generator().manual_seed(0)
+        latents, prediction = torch.randn(2, 1, num_channels, 2, 2, generator=generator, dtype=torch.float32)
+        step_kwargs = self.step_kwargs | ({"generator": generator} if "generator" in self.step_kwargs else {})
+        with self._refusals(), torch.random.fork_rng(devices=[]):  # for schedulers without a generator
+            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler.set_timesteps(**self.given, device="cpu")
+            scheduler.set_begin_index(len(scheduler.timesteps) - len(self.timesteps))
+            latents = latents * scheduler.init_noise_sigma
+            for t in self.timesteps:
+                scheduler.scale_model_input(latents, t)
+                latents = scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0].float()
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"{self._refusal} the latents become NaN or infinity.")
+
+    @contextlib.contextmanager
+    def _refusals(self):
+        """Context in which whatever a scheduler raises becomes a `ValueError`."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(f"{self._refusal} {type(error).__name__}: {error}") from error
+
+    @property
+    def _refusal(self):
+        ((name, value),) = self.given.items()
+        options = ", ".join(f"{key}={value!r}" for key, value in self._options().items())
+        return (
+            f"`{name}` of {value!r:.200} cannot be taken by the `scheduler`, {type(self.scheduler).__name__}"
+            f"({options}). Use another number of steps, other options or another scheduler:"
+        )
+
+    def _options(self):
+        """The options of the scheduler that are not its defaults, without those of the training."""
+        parameters = inspect.signature(type(self.scheduler).__init__).parameters
+        return {
+            name: value
+            for name, value in self.scheduler.config.items()
+            if name in parameters
+            and not name.startswith("beta_")
+            and not isinstance(value, (list, tuple))
+            and value != parameters[name].default
+        }
 
     def progress(self, i):
         """Fraction of the steps that lie before evaluation `i` of the UNet."""
@@ -95,6 +153,29 @@ class Schedule:
     def step(self, model_pred, t, latents):
         """Latents of the next timestep, always float32: some schedulers return float64."""
         return self.scheduler.step(model_pred, t, latents, **self.step_kwargs, return_dict=False)[0].float()
+
+
+def check_not_in_use(*owners):
+    """No call that has not ended yet uses any of `owners`, a pipeline and its scheduler."""
+    if any(getattr(owner, "_is_in_use", False) for owner in owners):
+        raise RuntimeError(
+            "A call of this pipeline, or of one with the same scheduler, is not over: exhaust or `close()` its stream."
+            " For calls at the same time, in threads or in a callback, make a pipeline that shares the models but not "
+            "the scheduler: `TangoPipeline.from_pipe(pipe, scheduler=type(pipe.scheduler).from_config("
+            "pipe.scheduler.config))`."
+        )
+
+
+def in_use(iterator, *owners):
+    """Pass on what `iterator` yields, while `owners` are marked for [`check_not_in_use`]."""
+    check_not_in_use(*owners)
+    for owner in owners:
+        owner._is_in_use = True
+    try:
+        yield from iterator
+    finally:
+        for owner in owners:
+            owner._is_in_use = False
 
 
 def step_of_evaluation(i, scheduler):

@@ -16,43 +16,74 @@ MAX_MATCH_DB = 12.0
 SEAM_SIDE_IN_S = 0.2  # sound on either side of a seam whose spectra are compared
 SEAM_FADE_IN_S = 0.4  # how far into the generated sound the correction of their difference reaches
 MAX_STEP_DB = 24.0
+FULL_SCALE = 32768 / 32767 + 1e-6  # what the lowest 16-bit value becomes where 32767 is taken for full scale
 AUDIBLE_DB = 60.0  # below the loudest mel band: quieter levels are not matched
 
 
-def composite(generated, placed, num_copies):
+def used_samples(placed):
+    """Which samples of the generated sound the composite of a [`PlacedAudio`] depends on: those that are regenerated
+    in any clip, and their surroundings that the spectrum is matched to. `None`: all.
+
+    Returns:
+        `np.ndarray` of shape `(num_samples,)` or `None`
+    """
+    if placed.mask is None:
+        return None
+    margin = round(SEAM_CONTEXT_IN_S * MEL_SAMPLING_RATE) + 2 * MEL_FFT_LENGTH  # and the windows of the filters
+    used = placed.mask.any(axis=0)
+    for start, end in find_regions(used):
+        used[max(start - margin, 0) : end + margin] = True
+    return used
+
+
+def composite(generated, placed, num_copies, used=None):
     """Generated sound at the level of the given audio and, where some of that is kept, joined with it.
+
+    Kept sound that goes beyond [-1, 1], which clips after a lossy format or resampling may, is not clipped: the whole
+    result is turned down.
 
     Args:
         generated (`torch.Tensor` of shape `(batch * num_copies, num_samples)`): at the level of the VAE's training.
         placed ([`PlacedAudio`])
         num_copies (`int`): waveforms of each clip, next to each other.
+        used (`np.ndarray` of shape `(num_samples,)`, *optional*): samples of `generated` that there are.
 
     Returns:
-        `torch.Tensor` of the shape of `generated`: float32 in [-1, 1].
+        `torch.Tensor` of the shape of `generated`, float32 in [-1, 1], and a list of the factors, 1 or less, that each
+        row was turned down by because of kept sound.
     """
-    result = np.empty(generated.shape, dtype=np.float32)
+    result, factors = np.empty(generated.shape, dtype=np.float32), []
     for i, waveform in enumerate(generated.float().cpu().numpy()):
         row = i // num_copies
         audio = placed.waveform[row]
         waveform = waveform / placed.gain[row]
         waveform += placed.mean[row]
         if placed.frequency_mask_in_hz is not None:
-            waveform = replace_band(audio, waveform, placed.frequency_mask_in_hz)
+            waveform = replace_band(audio, waveform, placed.frequency_mask_in_hz, used)
         if placed.mask is not None:
             is_matched = placed.frequency_mask_in_hz is not None
             waveform = join_at_seams(waveform, audio, placed.mask[row], MEL_SAMPLING_RATE, is_matched)
         elif placed.frequency_mask_in_hz is None:
             waveform /= max(waveform.max(), -waveform.min(), 1.0)  # loud input would be clipped
+        kept = waveform
+        if placed.mask is not None and placed.frequency_mask_in_hz is None:
+            kept = audio[~placed.mask[row]]
+        peak = max(kept.max(initial=0.0), -kept.min(initial=0.0))
+        factors.append(1 / float(peak) if peak > FULL_SCALE else 1.0)
+        if factors[-1] < 1:
+            waveform = waveform / peak
         np.clip(waveform, -1.0, 1.0, out=result[i])
-    return torch.from_numpy(result).to(generated.device)
+    return torch.from_numpy(result).to(generated.device), factors
 
 
-def replace_band(audio, generated, band_in_hz):
-    """`audio` with one band of `generated`, at the level that fits the octave of `audio` beside the band."""
+def replace_band(audio, generated, band_in_hz, used=None):
+    """`audio` with one band of `generated`, at the level that fits the octave of `audio` beside the band, measured in
+    the samples in which `used` is `True`, by default in all."""
     low, high = band_in_hz
     beside = (low / 2, low) if low > 0 else (high, min(2 * high, MEL_SAMPLING_RATE / 2))
     beside = (0, 200) if beside[1] - beside[0] < 200 else beside
-    level_db = match_level(*(split_band(each, beside, MEL_SAMPLING_RATE) for each in (generated, audio)))
+    octaves = (split_band(each, beside, MEL_SAMPLING_RATE) for each in (generated, audio))
+    level_db = match_level(*(each if used is None else each[used] for each in octaves))
     return audio + split_band(generated * 10 ** (level_db / 20) - audio, band_in_hz, MEL_SAMPLING_RATE)
 
 

@@ -101,12 +101,21 @@ def read(tensors, name):
 
 
 def to_diffusers(tensors, names, shapes, dtype=None):
-    """Yield (diffusers name, tensor) for the pairs of `names`, in the given shapes and, if given, in `dtype`."""
+    """Yield (diffusers name, tensor) for the pairs of `names`, in the given shapes and, if given, in `dtype`.
+
+    No two share memory, whatever they do in `tensors`: safetensors refuses to save those.
+    """
+    taken = set()
     for new, old in names.items():
         value = read(tensors, old)
         if dtype is not None and value.isfinite().all() and not value.to(dtype).isfinite().all():
             raise ValueError(f"`{old}` has values too large for {dtype}")
-        yield new, value.to(dtype).reshape(shapes[new]).contiguous()
+        value = value.to(dtype).reshape(shapes[new]).contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != value.numel() * value.itemsize:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        yield new, value
 
 
 def to_original(component, tensors, names, dtype=None):

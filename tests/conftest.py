@@ -34,6 +34,7 @@ CONTRACT = {  # what .ci/contract runs with other versions of the libraries
     "test_input_audio",
     "test_lora",
     "test_main",
+    "test_model_files",
     "test_original",
     "test_pipeline_tango",
     "test_publish",

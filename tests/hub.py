@@ -44,6 +44,7 @@ class File:
 class Repo:
     private: bool
     commits: list = field(default_factory=list)  # (oid, message, {path: File}), oldest first
+    is_gated: bool = False
 
     def __post_init__(self):
         self.commit("initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
@@ -201,8 +202,13 @@ class Hub:
     def model_info(self, user, query, body, repo_id, revision=None):
         oid, _, files = self.commit(repo_id, revision or "main", user)
         siblings = [{"rfilename": path} for path in sorted(files)]
+        if "blobs" in query:
+            siblings = [each | {"size": len(files[each["rfilename"]].content)} for each in siblings]
         private = self.repos[repo_id].private
-        return {"_id": repo_id, "id": repo_id, "sha": oid, "private": private, "tags": [], "siblings": siblings}
+        info = {"_id": repo_id, "id": repo_id, "sha": oid, "private": private, "tags": [], "siblings": siblings}
+        if "README.md" in files and (header := re.match(rb"---\n(.*?)\n---\n", files["README.md"].content, re.DOTALL)):
+            info["cardData"] = yaml.safe_load(header[1])
+        return info
 
     def auth_check(self, user, query, body, repo_id):
         self.repo(repo_id, user)
@@ -306,6 +312,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, user, repo_id, revision, path):
         oid, _, files = self.hub.commit(repo_id, revision, user)
         headers = {"X-Repo-Commit": oid}
+        if self.hub.repos[repo_id].is_gated:
+            raise Refusal(403, "Access to this repo is restricted", "GatedRepo")
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         file = files[path]

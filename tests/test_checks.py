@@ -193,6 +193,7 @@ BAD_AUDIO_INPUTS = [
     ({"audio": None, "audio_sampling_rate": None, "strength": 0.5}, "`strength` belongs to `audio`"),
     ({"audio": None}, "`audio_sampling_rate` belongs to `audio`"),
     ({"window_length_in_s": 0.0}, "`window_length_in_s`"),
+    ({"window_length_in_s": 1e-9}, "`window_length_in_s`.*at least one sample"),
     ({"window_length_in_s": "long"}, "`window_length_in_s`"),
     ({"window_batch_size": 0}, "`window_batch_size`"),
     ({"window_order": "random"}, "`window_order`"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit, equal, fails, fingerprint, load, weights
+from checkpoints import edit, equal, fails, fingerprint, load, weights, write_full_size
 from diffusers import AutoencoderKL, DDPMScheduler
 from hub import File, Hub, Repo
 from hypothesis import HealthCheck, given, settings
@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from transformers import SpeechT5HifiGan
 
 from convert.convert_tango import main
-from convert.to_original import vae_original_config
 from pipeline_tango import TangoPipeline
 from pipeline_tango.json_files import read_json, write_json
-from pipeline_tango.original import SCALING_FACTOR, STFT_CONFIG, UNET_CONFIG, build, stft_tensors, wanted_of
+from pipeline_tango.original import SCALING_FACTOR, open_original
 from pipeline_tango.single_file import single_file
 
 
@@ -362,42 +361,83 @@ def test_peak_memory_at_full_size(full_size_checkpoint, tmp_path, dtype, limit_i
 
 @pytest.fixture(scope="module")
 def full_size_checkpoint(original_checkpoint, tmp_path_factory):
-    """Random weights in the shapes and the layout of the released checkpoints."""
     folder = tmp_path_factory.mktemp("full") / "tango"
-    shutil.copytree(original_checkpoint / "tiny-t5", folder / "google" / "flan-t5-large")
-    text_config = read_json(folder / "google" / "flan-t5-large" / "config.json")
-    text_config |= {"d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_heads": 16, "num_layers": 24, "vocab_size": 32128}
-    write_json(folder / "google" / "flan-t5-large" / "config.json", text_config)
-    vae_config = {
-        "in_channels": 1,
-        "out_channels": 1,
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": [128, 256, 512],
-        "layers_per_block": 2,
-        "latent_channels": 8,
-        "sample_size": 256,
-        "scaling_factor": SCALING_FACTOR,
-    }
-    vocoder_config = {
-        "model_in_dim": 64,
-        "upsample_initial_channel": 1024,
-        "upsample_rates": [5, 4, 2, 2, 2],
-        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
-        "resblock_kernel_sizes": [3, 7, 11],
-        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
-    }
-    configs = {"unet": UNET_CONFIG, "text_encoder": text_config, "vae": vae_config, "vocoder": vocoder_config}
-    models = {component: build(component, config) for component, config in configs.items()}
-    for file, components in (("main", ("unet", "text_encoder")), ("vae", ("vae", "vocoder"))):
-        tensors = {}
-        for component in components:
-            wanted = wanted_of(component, models[component])
-            tensors |= {name: torch.empty(shape).normal_(std=0.02) for name, shape in wanted.items()}
-        torch.save(tensors, folder / f"pytorch_model_{file}.bin")
-    torch.save(stft_tensors(STFT_CONFIG), folder / "pytorch_model_stft.bin")
-    names = {"text_encoder_name": "google/flan-t5-large", "scheduler_name": "stabilityai/stable-diffusion-2-1"}
-    write_json(folder / "main_config.json", {**names, "unet_model_config_path": "configs/diffusion_model_config.json"})
-    write_json(folder / "vae_config.json", vae_original_config(models["vae"].config))
-    write_json(folder / "stft_config.json", STFT_CONFIG)
+    write_full_size(original_checkpoint, folder)
     return folder
+
+
+def test_tensors_that_share_memory_in_the_source_do_not_in_the_result(source, converted, tmp_path):
+    """Views of one storage, as `torch.save` keeps them: safetensors would refuse them."""
+
+    def share(tensors):
+        names = (
+            "encoder.norm_out.weight",
+            "encoder.norm_out.bias",
+            "decoder.norm_out.weight",
+            "decoder.norm_out.bias",
+        )
+        whole = torch.cat([tensors[name] for name in names])
+        tensors |= dict(zip(names, whole.split([tensors[name].numel() for name in names])))
+
+    edit(source / "pytorch_model_vae.bin", share)
+    edit(source / "pytorch_model_stft.bin", lambda tensors: tensors.update(mel_basis=tensors["mel_basis"].T.clone().T))
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert weights(tmp_path / "out") == weights(converted)
+
+
+def test_a_tensor_under_two_names_is_saved_twice(source, tmp_path):
+    edit(
+        source / "pytorch_model_vae.bin",
+        lambda tensors: tensors.update({"encoder.norm_out.bias": tensors["encoder.norm_out.weight"]}),
+    )
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    state = AutoencoderKL.from_pretrained(tmp_path / "out" / "vae").state_dict()
+    assert torch.equal(state["encoder.conv_norm_out.bias"], state["encoder.conv_norm_out.weight"])
+
+
+def test_a_vae_whose_first_level_is_wider_than_its_first_convolution_is_refused_with_the_reason(
+    source, tmp_path, capsys
+):
+    edit(
+        source / "pytorch_model_vae.bin",
+        lambda tensors: tensors.update({"encoder.conv_in.weight": tensors["encoder.conv_in.weight"][:16].clone()}),
+    )
+    line = fails([source, tmp_path / "out"], tmp_path / "out", capsys)
+    assert "the VAE's first level has 32 channels and its first convolution 16" in line
+    assert "`ch_mult` has to begin with 1" in line
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf"])
+def test_a_scaling_factor_has_to_be_positive(value, original_checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(original_checkpoint), str(tmp_path / "out"), f"--scaling_factor={value}"])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert f"--scaling_factor has to be positive, not {float(value)}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`scaling_factor` must be a positive number"):
+        open_original(original_checkpoint, scaling_factor=float(value))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    (
+        ("pytorch_model_main.bin", b"version https://git-lfs.github.com/spec/v1\n", "main.bin is a git-LFS pointer"),
+        ("pytorch_model_vae.bin", b"", "vae.bin is damaged or cut short: it is empty"),
+        ("tiny-t5/tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "json is a git-LFS pointer"),
+        ("tiny-t5/spiece.model", b"", "spiece.model is damaged or cut short: it is empty"),
+    ),
+)
+def test_pointers_and_empty_files_of_a_source_are_named(source, tmp_path, capsys, name, content, message):
+    (source / name).write_bytes(content)
+    assert main([str(source), str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_a_vocabulary_is_refused_both_ways(source, converted, tmp_path, capsys):
+    folder = shutil.copytree(converted, tmp_path / "diffusers")
+    for path in (*(source / "tiny-t5").glob("*"), *(folder / "tokenizer").glob("*")):
+        if path.name in ("spiece.model", "tokenizer.json"):
+            path.unlink()
+    for arguments in ([source], [folder, "--to_original"]):
+        assert main([*map(str, arguments), str(tmp_path / "out")]) == 1
+        assert "has neither tokenizer.json nor spiece.model" in capsys.readouterr().err.splitlines()[-1]

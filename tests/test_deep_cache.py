@@ -1,4 +1,7 @@
+import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -303,3 +306,37 @@ def test_the_text_of_a_full_sized_unet_is_projected_for_little():
                 if name.endswith(("attn2.to_k", "attn2.to_v")):
                     module(text)
     assert 0.001 < counter.get_total_flops() / 1.6e12 < 0.0025
+
+
+# Shared and copied UNets
+
+
+def test_pipelines_that_share_a_cached_unet_can_run_at_the_same_time(pipe):
+    pipe.enable_deep_cache(3)
+    prompts = ["rain", "dog barks", "bell", "wind"]
+    expected = [latents_of(pipe, prompt, num_inference_steps=7) for prompt in prompts]
+
+    def run(prompt):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        other = TangoPipeline.from_pipe(pipe, scheduler=scheduler)
+        other.set_progress_bar_config(disable=True)
+        return latents_of(other, prompt, num_inference_steps=7)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(run, prompts), expected))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+def test_a_copy_of_a_cached_unet_has_a_cache_and_weights_of_its_own(pipe, components, duplicate):
+    plain = latents_of(pipe)
+    pipe.enable_deep_cache(2)
+    expected = latents_of(pipe)
+    other = TangoPipeline(**components | {"unet": duplicate(pipe.unet)})
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.zero_()
+    assert torch.equal(latents_of(other), expected)
+    pipe.disable_deep_cache()
+    assert torch.equal(latents_of(other), expected)
+    other.disable_deep_cache()
+    assert torch.equal(latents_of(other), plain)

@@ -1,8 +1,12 @@
+import json
+
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
 
 from pipeline_tango import SCHEDULERS
-from training.denoiser import prepare_denoiser, set_schedule, trained_parameters
+from training.denoiser import SCHEDULER_CONFIG, prepare_denoiser, save_lora, set_schedule, trained_parameters
 
 
 def test_only_what_trains_has_gradients_and_frozen_models_are_in_eval_mode(pipe):
@@ -32,3 +36,42 @@ def test_a_schedule_keeps_its_scheduler_unless_that_cannot_be_rescaled(pipe):
     set_schedule(pipe, None, rescale_betas_zero_snr=True)
     assert type(pipe.scheduler) is SCHEDULERS["ddpm"] and pipe.scheduler.config.prediction_type == "epsilon"
     assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("prediction_type", [None, "epsilon"])
+def test_a_schedule_changes_where_a_config_lists_its_values_as_defaults(pipe, prediction_type):
+    """As the scheduler of a training from parts is built: `from_config` drops what `_use_default_values` names."""
+    pipe.scheduler = SCHEDULERS["ddpm"](**SCHEDULER_CONFIG)
+    assert "rescale_betas_zero_snr" in pipe.scheduler.config._use_default_values
+    set_schedule(pipe, prediction_type, rescale_betas_zero_snr=True)
+    config = pipe.scheduler.config
+    assert (config.rescale_betas_zero_snr, config.timestep_spacing) == (True, "trailing")
+    assert config.prediction_type == (prediction_type or "v_prediction")
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    pipe.scheduler = SCHEDULERS["ddpm"](beta_schedule="scaled_linear")
+    assert "prediction_type" in pipe.scheduler.config._use_default_values
+    set_schedule(pipe, "v_prediction", rescale_betas_zero_snr=False)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_change_that_a_scheduler_does_not_take_is_refused(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not take 'epsilon'"):
+        set_schedule(pipe, "epsilon", rescale_betas_zero_snr=False)
+
+
+def test_a_lora_file_is_the_same_bytes_every_time(pipe, tmp_path):
+    """Neither metadata in the order of a set nor of the library's hash map, which both differ between processes."""
+    peft = pytest.importorskip("peft")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    prepare_denoiser(pipe, "cpu", torch.float32, lora=peft.LoraConfig(r=2, target_modules=targets))
+    files = []
+    for i in range(8):
+        save_lora(pipe, tmp_path / str(i))
+        files.append((tmp_path / str(i) / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files == files[:1] * 8
+    with safe_open(tmp_path / "0" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.target_modules"] == sorted(targets)
+    pipe.unet.delete_adapters(["default"])
+    pipe.load_lora_weights(tmp_path / "0")

@@ -1,16 +1,18 @@
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, WINDOW, build_components, noise, seeds
+from conftest import RATE, WINDOW, build_components, count_rows, noise, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pipeline_tango import SCHEDULERS
 from pipeline_tango.input_audio import KnownLatents, fill_by_reflection, find_regions
+from pipeline_tango.windows import WindowPlan
 
 
 SOUNDS = Path(__file__).parent.parent / "examples" / "sounds"
@@ -277,3 +279,84 @@ def test_known_latents_are_restored_where_nothing_is_regenerated():
     known.keep(generated[:, :, frames], frames)
     assert torch.equal(known.restore(torch.zeros(1, 4, 4, 16), frames, last), generated[:, :, frames])
     assert KnownLatents(scheduler, latents, noise, None).restore(generated, slice(0, 8), last) is generated
+
+
+# Only what is regenerated is computed
+
+
+LONG_AUDIO = {"num_inference_steps": 2, "window_length_in_s": 0.64, "audio_length_in_s": 12.0}
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpm++"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": [(6.0, 6.3)]},
+        {"mask": [(0.0, 0.2)]},
+        {"mask": [(11.9, 12.0)]},
+        {"mask": [(2.0, 2.1), (9.0, 9.5)]},
+        {"mask": [(6.0, 6.3)], "window_order": "sequential", "scheduler": "dpm++"},
+        {"mask": [(0.0, 0.2), (8.0, 8.2)], "window_order": "sequential", "scheduler": "dpm++"},
+        {"mask": [(6.0, 6.3)], "output_type": "latent"},
+        {"audio": noise(11 * RATE)},
+        {"audio": noise(11 * RATE), "audio_start_in_s": 0.5},
+    ],
+)
+def test_windows_without_anything_to_regenerate_change_nothing(pipe, call, monkeypatch, options, scheduler):
+    options = {"audio": noise(12 * RATE)} | LONG_AUDIO | options
+    name = options.pop("scheduler", scheduler)
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    rows = {model: count_rows(module) for model, module in (("unet", pipe.unet.conv_in), ("vae", pipe.vae.decoder))}
+    part = call(pipe=pipe, **options)
+    counts = {model: len(each) for model, each in rows.items()}
+    monkeypatch.setattr(WindowPlan, "is_denoised", lambda *args: True)
+    monkeypatch.setattr(WindowPlan, "is_used", lambda *args: True)
+    whole = call(pipe=pipe, **options)
+    assert np.array_equal(part, whole)
+    assert counts["unet"] * 3 < len(rows["unet"]) - counts["unet"]
+    if options.get("output_type") != "latent":
+        assert counts["vae"] < (len(rows["vae"]) - counts["vae"]) * 0.6
+
+
+def test_a_band_is_regenerated_in_its_windows_only(pipe, call):
+    audio = noise(12 * RATE, level=0.02)
+    rows = count_rows(pipe.unet.conv_in)
+    options = LONG_AUDIO | {"mask": [(6.0, 6.3)], "frequency_mask_in_hz": (2000, 4000)}
+    sound = call(pipe=pipe, audio=audio, **options)[0]
+    assert len(rows) <= 4 * 2
+    is_near = slice(round(5.98 * RATE), round(6.32 * RATE))
+    assert np.array_equal(np.delete(sound, is_near), np.delete(audio.astype(np.float32), is_near))
+    assert np.abs(sound - audio)[is_near].max() > 1e-4
+
+
+# Loud audio
+
+
+def logged(caplog):
+    logging.getLogger("pipeline_tango").propagate = True
+    return caplog.at_level("WARNING")
+
+
+def test_kept_audio_beyond_full_scale_is_turned_down_as_a_whole(call, caplog):
+    audio = noise(9600)
+    audio[1000], audio[8000] = 1.4, -1.1
+    for options in ({"mask": [(0.2, 0.3)]}, {"audio_length_in_s": 0.8}):
+        caplog.clear()
+        with logged(caplog):
+            sound = call(audio=audio, **options)[0]
+        assert np.abs(sound).max() == 1.0
+        kept = np.r_[0:2800, 5200:9200]
+        assert np.abs(sound[kept] * 1.4 - audio[kept]).max() < 1e-6
+        assert "`audio` reaches beyond [-1, 1]" in caplog.text and "0.714" in caplog.text
+
+
+def test_full_scale_of_16_bits_is_not_beyond_full_scale(call, caplog):
+    audio = noise(9600)
+    audio[1000:1003] = np.array([32767, -32768, 0]) / 32767
+    with logged(caplog):
+        sound = call(audio=audio, mask=[(0.2, 0.3)])[0]
+    assert np.array_equal(sound[:2800], audio[:2800].clip(-1, 1).astype(np.float32))
+    assert not caplog.records
+    audio[4000] = 1.9  # what is regenerated does not count
+    with logged(caplog):
+        assert np.array_equal(call(audio=audio, mask=[(0.2, 0.3)])[0], sound)

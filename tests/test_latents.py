@@ -56,6 +56,20 @@ def test_a_damaged_or_foreign_file_counts_as_absent(tmp_path):
     assert key in cache
 
 
+def test_what_others_put_into_the_cache_counts_as_absent_and_is_not_lost(tmp_path):
+    cache, key, other = LatentCache(tmp_path), cache_key(b"x", {}), cache_key(b"z", {})
+    cache.path(key).mkdir(parents=True)
+    (cache.path(key) / "notes.txt").write_text("the user's")
+    (tmp_path / other[:2]).write_text("the user's")
+    (tmp_path / "README").write_text("the user's")
+    for each in (key, other):
+        assert cache.get(each) is None
+        cache.put(each, {"mean": torch.ones(1)})
+        assert each in cache
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert [path.read_text() for path in kept] == ["the user's"] * 3
+
+
 def write_for_long(folder, keys):
     torch.set_num_threads(1)
     end = time.monotonic() + 10  # the test kills it long before, but a test that is killed itself must leave no writer

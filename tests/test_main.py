@@ -1,5 +1,7 @@
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
 from pipeline_tango.__main__ import main, read_prompts
 from pipeline_tango.presets import SCHEDULER_NAMES, attends_in_blocks
 from pipeline_tango.sound_files import encode_wav, read_audio
+from pipeline_tango.sound_folder import encode_manifest, locked
 
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +168,18 @@ def test_every_scheduler_runs(tango, name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_scheduler_takes_its_own_number_of_steps_by_default(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("rain\n")
+    asked = ["--model", str(tiny_folder), "--seconds", "0.05", "--device", "cpu", "--dtype", "float32"]
+    asked += ["--prompts", "list.txt", "-o", "out", "--scheduler", "lcm"]
+    assert main(asked) == 0
+    assert records_of(tmp_path / "out")[0]["steps"] == 50  # of its `original_inference_steps`, not the model's 100
+    capsys.readouterr()
+    assert main([*asked, "--steps", "51"]) == 2
+    assert "steps must be at most 50 with the LCMScheduler, got 51" in capsys.readouterr().err
+
+
 def test_lists_as_text_and_as_json_lines(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeff# sounds\r\nrain\r\n\r\n  a dog, barking \n{not json\n".encode())
@@ -180,6 +195,47 @@ def test_lists_as_text_and_as_json_lines(tmp_path):
     ]
     path.write_text('{"dataset": "x", "location": "y.wav", "captions": "rain"}')
     assert read_prompts(str(path)) == [{"prompt": "rain", "name": "00001"}]
+
+
+def test_a_csv_list_has_a_column_of_prompts(tmp_path, capsys):
+    path = tmp_path / "list.csv"
+    path.write_bytes(
+        '\ufeffprompt,seconds,steps,seed,name\r\n"rain, ""heavy""",2.5,,7,\r\n\r\nwind,,5,,w\r\n'.encode()
+    )
+    assert read_prompts(str(path)) == [
+        {"prompt": 'rain, "heavy"', "seconds": 2.5, "seed": 7, "name": "00001"},
+        {"prompt": "wind", "steps": 5, "name": "w"},
+    ]
+    path.write_text("location,captions\na.wav,a dog\n")  # as training reads
+    assert read_prompts(str(path)) == [{"prompt": "a dog", "name": "00001"}]
+    assert "list.csv: not used are the columns 'location'" in capsys.readouterr().err
+    path = tmp_path / "list.TSV"
+    path.write_text("caption\tnegative_prompt\nrain, wind\thiss\n")
+    assert read_prompts(str(path)) == [{"prompt": "rain, wind", "negative_prompt": "hiss", "name": "00001"}]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no prompt in the list"),
+        (b"prompt\n", "no prompt in the list"),
+        (b"file,label\na,b\n", "none of the columns prompt, captions, caption, text, only file, label"),
+        (b"prompt,prompt\na,b\n", "two columns are called 'prompt'"),
+        (b"prompt,seed\nrain,1\nwind\n", "line 3: expected 2 fields"),
+        (b"prompt,seed\nrain,1,2\n", "line 2: expected 2 fields"),
+        (b"prompt,seed\nrain,1.5\n", "line 2: seed must be a whole number"),
+        (b"prompt,seconds\nrain,nan\n", "line 2: seconds must be"),
+        (b"prompt,steps\nrain,\n ,\n", "line 3: prompt must be"),
+        (b'prompt\n"rain\n', "not CSV"),
+        (b"prompt\n\xff\n", "cannot read the list"),
+    ],
+)
+def test_a_wrong_csv_is_told_with_its_line(error_of, tiny_folder, tmp_path, content, message):
+    path = tmp_path / "list.csv"
+    path.write_bytes(content)
+    status, line = error_of("--prompts", path, "--model", tiny_folder, "-o", tmp_path / "out")
+    assert status == 2 and message in line and "list.csv" in line
+    assert os.listdir(tmp_path) == ["list.csv"]
 
 
 def test_a_list_becomes_a_folder_with_a_manifest(tango, tiny_folder, tmp_path):
@@ -258,6 +314,134 @@ def test_sounds_made_with_other_settings_are_kept_unless_told(tango, tmp_path, c
     after = bytes_of(tmp_path / "out")
     assert after["00001.wav"] == before["00001.wav"] and after["00002.wav"] != before["00002.wav"]
     assert [record["prompt"] for record in records_of(tmp_path / "out")] == ["rain", "storm"]
+
+
+def test_a_file_without_a_record_is_not_replaced(tango, tmp_path, capsys):
+    Path("list.jsonl").write_text('{"prompt": "wind", "name": "wind"}\n{"prompt": "rain", "name": "rain"}\n')
+    out, asked = tmp_path / "out", ("--prompts", "list.jsonl", "-o", "out", "--spectrogram")
+    out.mkdir()
+    for name in ("rain.wav", "rain.png", "manifest.jsonl"):
+        (out / name).write_bytes(b"mine")
+        assert tango(*asked) == 2
+        assert str(Path("out") / name) in (line := capsys.readouterr().err) and "--overwrite" in line
+        assert bytes_of(out) == {name: b"mine"}
+        (out / name).unlink()
+
+    # a sound of the same form, beside a manifest
+    Path("one.jsonl").write_text('{"prompt": "wind", "name": "wind"}\n')
+    assert tango("--prompts", "one.jsonl", "-o", "out") == 0
+    assert tango("another", "-o", "out/rain.wav") == 0
+    before = bytes_of(out)
+    assert tango("--prompts", "list.jsonl", "-o", "out") == 2
+    assert "out/rain.wav is there already and this command has no record" in capsys.readouterr().err
+    assert bytes_of(out)["rain.wav"] == before["rain.wav"]
+    wavfile.write(out / "rain.wav", 16000, np.zeros(1601 + 16, np.int16))
+    assert tango("--prompts", "list.jsonl", "-o", "out", "--model", "no/model") != 0
+    assert tango("--prompts", "list.jsonl", "-o", "out") == 2  # of another length: before anything is loaded
+    assert "sounds to make" not in capsys.readouterr().err
+    assert tango("--prompts", "list.jsonl", "-o", "out", "--overwrite") == 0
+    assert bytes_of(out)["rain.wav"] not in (before["rain.wav"], b"mine")
+    assert [record["file"] for record in records_of(out)] == ["wind.wav", "rain.wav"]
+
+
+def test_a_manifest_of_others_is_kept(tango, tmp_path, capsys):
+    Path("list.txt").write_text("rain\n")
+    (tmp_path / "out").mkdir()
+    content = '{"location": "a.wav", "captions": "a dog"}\n'.encode()
+    (tmp_path / "out" / "manifest.jsonl").write_bytes(content)
+    assert tango("--prompts", "list.txt", "-o", "out") == 2
+    assert "manifest.jsonl, line 1, is no record of a sound" in capsys.readouterr().err
+    assert bytes_of(tmp_path / "out") == {"manifest.jsonl": content}
+
+
+def test_a_run_killed_between_a_record_and_its_sound_is_finished(tango, tmp_path, monkeypatch):
+    Path("list.txt").write_text("rain\nwind\n")
+    asked = ("--prompts", "list.txt", "-o", "out", "--spectrogram")
+    assert tango(*asked) == 0
+    whole = bytes_of(tmp_path / "out")
+    for number in range(1, 5):  # killed at each renaming in turn
+        Path("out").rename(f"kept{number}")
+        count = [0]
+
+        def kill(*names, replace=os.replace, number=number, count=count):
+            count[0] += not str(names[1]).endswith("manifest.jsonl")
+            if count[0] == number:
+                raise SystemExit(9)
+            replace(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", kill)
+            assert tango(*asked) == 9
+        assert all(record["file"] for record in records_of(tmp_path / "out"))
+        assert tango(*asked) == 0
+        assert bytes_of(tmp_path / "out") == whole
+
+
+def test_names_that_the_command_makes_up_are_not_replaced(tango, tmp_path, capsys):
+    Path("rain-2.wav").write_bytes(b"mine")
+    assert tango("rain", "-o", "rain.wav", "--takes", 3) == 2
+    assert "rain-2.wav is there already" in capsys.readouterr().err
+    assert bytes_of(tmp_path) == {"rain-2.wav": b"mine"}
+    assert tango("rain", "-o", "rain.wav", "--takes", 3, "--overwrite") == 0
+    Path("a.png").write_bytes(b"mine")
+    assert tango("rain", "-o", "a.wav", "--spectrogram") == 2
+    assert "a.png is there already" in capsys.readouterr().err and not Path("a.wav").exists()
+    assert tango("rain", "-o", "b.wav", "--spectrogram", "a.png") == 0  # whose name was given
+    assert Path("a.png").read_bytes() != b"mine"
+    assert tango("rain", "-o", "a.wav", "--spectrogram", "--seed", 1) == 0  # an earlier one of the command's
+
+
+def test_processes_that_know_nothing_of_each_other_lose_nothing(tango, tiny_folder, tmp_path):
+    Path("list.txt").write_text("rain\nwind\nsea\n")
+    asked = ["--model", str(tiny_folder), *QUICK, "--prompts", str(tmp_path / "list.txt"), "--steps", "30"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline_tango", *asked, "-o", str(tmp_path / "three")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(3)
+    ]
+    told = [run.communicate(timeout=300)[1] for run in runs]
+    assert 0 in [run.returncode for run in runs]
+    for run, text in zip(runs, told):
+        last = text.splitlines()[-1]
+        assert run.returncode == 0 or (run.returncode == 2 and "another run is making sounds in" in last), text
+    assert main([*asked, "-o", "one"]) == 0
+    assert bytes_of(tmp_path / "three") == bytes_of(tmp_path / "one")
+
+
+def test_a_folder_is_locked_by_a_run_and_not_by_a_killed_one(tango, tmp_path, capsys):
+    Path("list.txt").write_text("rain\n")
+    with locked(tmp_path / "out"):
+        assert tango("--prompts", "list.txt", "-o", "out") == 2
+        assert f"(process {os.getpid()} on " in capsys.readouterr().err
+        assert os.listdir("out") == [".tango.lock"]
+    assert os.listdir("out") == []
+    (tmp_path / "out" / ".tango.lock").write_text("process 1 on nowhere")  # as SIGKILL leaves it
+    assert tango("--prompts", "list.txt", "-o", "out") == 0
+    assert sorted(os.listdir("out")) == ["00001.wav", "manifest.jsonl"]
+
+
+def test_sigterm_leaves_whole_sounds_only(tiny_folder, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "rain"}\n{"prompt": "long", "steps": 900, "seconds": 5}\n')
+    asked = ["--model", str(tiny_folder), *QUICK, "--prompts", str(tmp_path / "list.jsonl")]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline_tango", *asked, "-o", str(tmp_path / "out")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while run.poll() is None and not (tmp_path / "out" / "00001.wav").exists():
+        time.sleep(0.01)
+    run.terminate()
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 143 and told.splitlines()[-1] == "stopped" and "Traceback" not in told
+    assert sorted(os.listdir(tmp_path / "out")) == ["00001.wav", "manifest.jsonl"]
+    assert len(records_of(tmp_path / "out")) == 1
 
 
 def test_two_processes_share_a_list(tango, tiny_folder, tmp_path):
@@ -493,18 +677,42 @@ def test_a_wrong_list_is_told_with_its_line(error_of, tiny_folder, tmp_path, con
     assert os.listdir(tmp_path) == ["list.txt"]
 
 
-def test_a_model_that_is_not_there_is_told_in_one_line(error_of, original_checkpoint, tiny_folder, tmp_path):
+def test_a_model_that_is_not_there_is_told_in_one_line(error_of, tiny_folder, tmp_path):
     assert "--model must be" in error_of("rain", "--model", "")[1]
     status, line = error_of("rain", "--model", tmp_path / "missing")
     assert status == 1 and "no model in" in line and "model_index.json" in line
-    status, line = error_of("rain", "--model", original_checkpoint)
-    assert status == 1 and "tango-convert SOURCE OUTPUT" in line
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
     status, line = error_of("rain", "--model", broken, "-o", tmp_path / "rain.wav", "--quiet")
     assert status == 1 and "cannot load" in line
     assert sorted(os.listdir(tmp_path)) == ["broken"]
+
+
+def test_an_empty_lora_or_variant_is_an_error_as_an_empty_model_is(error_of, tiny_folder, tmp_path):
+    for flag in ("--lora", "--variant"):
+        status, line = error_of("rain", "--model", tiny_folder, flag, "", "-o", tmp_path / "rain.wav")
+        assert status == 2 and f"{flag} must be" in line
+    assert not os.listdir(tmp_path)
+
+
+def test_a_model_of_another_pipeline_is_called_by_its_class(error_of, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("TangoPipeline", "AudioLDMPipeline"))
+    status, line = error_of("rain", "--model", folder, "-o", tmp_path / "rain.wav")
+    assert status == 1 and "is of the class AudioLDMPipeline, not TangoPipeline" in line and "no model" not in line
+
+
+def test_the_only_variant_of_a_folder_is_loaded_and_others_by_name(error_of, pipe, tmp_path, capsys):
+    quick = ["--steps=2", "--seconds=0.1", "--seed=0", "--dtype=float32"]
+    folder = tmp_path / "model"
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert main(["rain", f"--model={folder}", *quick, f"-o={tmp_path / 'a.wav'}"]) == 0
+    assert main(["rain", f"--model={folder}", *quick, f"-o={tmp_path / 'b.wav'}", "--variant=fp16"]) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    status, line = error_of("rain", "--model", folder, "--variant=bf16", "-o", tmp_path / "c.wav", "--quiet")
+    assert status == 1 and "no weights of `variant` 'bf16', only fp16" in line
 
 
 def test_a_full_disk_leaves_nothing(tango, tmp_path, capsys):
@@ -520,6 +728,61 @@ def test_a_full_disk_leaves_nothing(tango, tmp_path, capsys):
         signal.signal(signal.SIGXFSZ, previous)
     assert status == 1 and "File too large" in capsys.readouterr().err.splitlines()[-1]
     assert bytes_of(tmp_path) == {"old.wav": b"kept"}
+
+
+@pytest.mark.parametrize("fails", ["manifest", "sound"])
+def test_a_disk_that_fills_up_in_a_list_leaves_whole_sounds_and_is_resumed(
+    tango, tmp_path, capsys, monkeypatch, fails
+):
+    Path("list.txt").write_text("rain\nwind\n")
+    asked = ("--prompts", "list.txt", "-o", "out")
+
+    def full(records, encode=encode_manifest):
+        if records and isinstance(records, list) and records[0]["file"] == "00002.wav":
+            raise OSError(28, "No space left on device")
+        return encode(records)
+
+    def no_room(audio, rate, count=[]):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device")
+        return encode_wav(audio, rate)
+
+    with monkeypatch.context() as patch:
+        if fails == "manifest":
+            patch.setattr("pipeline_tango.sound_folder.encode_manifest", full)
+        else:
+            patch.setattr("pipeline_tango.__main__.encode_wav", no_room)
+        assert tango(*asked) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert sorted(os.listdir("out")) == ["00001.wav", "manifest.jsonl"]
+    assert tango(*asked) == 0 and len(records_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), KeyError("x"), ImportError("x"), AssertionError(), ZeroDivisionError()]
+)
+def test_whatever_a_library_raises_is_one_line(tango, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("pipeline_tango.__main__.load_pipeline", fail)
+    assert tango("rain", "--quiet") == 1
+    assert capsys.readouterr().err in (f"error: {error}\n", f"error: {type(error).__name__}\n")
+
+
+def test_a_closed_standard_error_stops_nothing(tango, monkeypatch):
+    closed = open(os.devnull, "w")
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    assert main(["--steps", "0", "rain"]) == 2
+
+
+def test_channels_that_cancel_are_not_called_silent(tango, capsys):
+    wavfile.write("wide.wav", 16000, np.stack([tone(), -tone()], axis=1).astype(np.float32))
+    assert tango("rain", "--audio", "wide.wav") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "2 channels, of peak 0.3, that cancel each other when they are averaged" in line and "silent" not in line
 
 
 def test_help_and_version(capsys):
@@ -567,6 +830,40 @@ LISTS = st.one_of(
     st.binary(max_size=40),
     st.lists(st.dictionaries(NAMES, JSON, max_size=3).map(json.dumps), max_size=3).map("\n".join).map(str.encode),
 )
+
+
+PROMPTS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
+REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        {"prompt": PROMPTS.map(str.strip).filter(lambda text: text and text[0] not in "#{")},
+        optional={
+            "seconds": st.floats(0.001, 86400),
+            "steps": st.integers(1, 1000),
+            "guidance": st.floats(0, 1000),
+            "seed": st.integers(0, 2**63 - 1),
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=100, **FUZZ)
+@given(REQUESTS)
+def test_a_list_is_the_same_in_every_format(tmp_path, requests):
+    expected = [{**request, "name": f"{number:05d}"} for number, request in enumerate(requests, 1)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, requests)), "utf-8")
+    assert read_prompts(str(tmp_path / "list.jsonl")) == expected
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with open(tmp_path / f"list{suffix}", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["seed", "steps", "prompt", "seconds", "guidance"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(requests)
+        assert read_prompts(str(tmp_path / f"list{suffix}")) == expected
+    (tmp_path / "list.txt").write_text("\n".join(request["prompt"] for request in requests), "utf-8")
+    assert [request["prompt"] for request in read_prompts(str(tmp_path / "list.txt"))] == [
+        request["prompt"] for request in requests
+    ]
 
 
 @settings(max_examples=150, **FUZZ)

@@ -463,6 +463,23 @@ def test_a_prompt_past_the_limit_warns_with_what_was_cut(golden_pipe, warned):
     assert "512" in message and "birds chirp in the background" in message
 
 
+def test_a_long_prompt_is_counted_and_quoted_in_a_few_words(golden_pipe, warned):
+    with torch.no_grad():
+        golden_pipe.encode_prompt(["rain " * 2000] * 2, do_classifier_free_guidance=False)
+    (record,) = warned.records
+    num_tokens = len(golden_pipe.tokenizer("rain " * 2000, verbose=False).input_ids)
+    assert f"has {num_tokens} tokens, of which the text encoder reads 512" in record.getMessage()
+    assert len(record.getMessage()) < 500
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_named(golden_pipe, warned):
+    with torch.no_grad():
+        golden_pipe.encode_prompt(["雨 rain 🐕 雨", "dog"], negative_prompt="雷")
+    messages = [record.getMessage() for record in warned.records]
+    assert len(messages) == 2
+    assert "does not know 2 character(s) of a prompt: 雨 🐕." in messages[0] and ": 雷." in messages[1]
+
+
 def test_an_ordinary_prompt_does_not_warn(golden_pipe, warned):
     with torch.no_grad():
         golden_pipe.encode_prompt(["rain", "thunder"], negative_prompt="wind")
@@ -520,6 +537,17 @@ def test_turning_guidance_off_in_a_callback_works_in_batches(pipe):
     together = pipe(["rain", "dog"], generator=seeds(1, 2), callback_on_step_end=guidance_off, **options).audios
     alone = pipe("dog", generator=seeds(2), callback_on_step_end=guidance_off, **options).audios
     assert largest_difference(together[1], alone[0]) < 1e-4
+
+
+def test_no_tensor_names_are_the_default_ones(pipe):
+    seen = []
+    pipe(
+        "rain",
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(list(tensors)),
+        callback_on_step_end_tensor_inputs=None,
+        **SHORT,
+    )
+    assert seen == [["latents"]] * 2
 
 
 def test_interrupt_stops_the_steps(pipe):
@@ -646,6 +674,17 @@ def test_nan_out_of_the_models_is_an_error(pipe):
         pipe.unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(RuntimeError, match="NaN or infinity"):
         pipe("rain", output_type="latent", **SHORT)
+
+
+def test_nan_is_explained_by_the_dtypes_in_use(pipe):
+    with torch.no_grad():
+        pipe.vocoder.conv_post.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="'vocoder': 'float32'.*Weights") as raised:
+        pipe("rain", **SHORT)
+    assert "float16" not in str(raised.value)
+    pipe.vae.to(torch.float16)
+    with pytest.raises(RuntimeError, match=r"float16 overflows.*bfloat16 or float32 for \['vae'\]"):
+        pipe("rain", **SHORT)
 
 
 def test_silence_out_of_the_models_is_a_warning(pipe, caplog):

@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -190,7 +192,7 @@ def test_schedulers_that_cannot_start_midway_say_so(pipe, call):
 def test_a_schedule_takes_its_fraction_of_the_steps_as_often_as_it_is_started(name, strength):
     options = {"skip_prk_steps": True} if name == "pndm" else {}
     scheduler = SCHEDULERS[name].from_config(build_components()["scheduler"].config, **options)
-    schedule = Schedule(scheduler, 10, strength=strength, adds_noise=True)
+    schedule = Schedule(scheduler, 10, strength=strength)
     timesteps = schedule.timesteps
     assert (schedule.num_all_steps, schedule.num_steps) == (10, round(10 * strength))
     assert sum(schedule.ends_step(i) for i in range(len(timesteps))) >= schedule.num_steps
@@ -198,3 +200,75 @@ def test_a_schedule_takes_its_fraction_of_the_steps_as_often_as_it_is_started(na
     assert progress == sorted(progress) and progress[0] == 0 and 1 - 1 / schedule.num_steps == progress[-1]
     schedule.restart()
     assert torch.equal(schedule.timesteps, timesteps)
+
+
+# Positions in the schedule
+
+
+SIGMAS = ["use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas"]
+
+
+@pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
+def test_steps_are_counted_where_timesteps_repeat(name, strength, rescale_betas_zero_snr):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    cls, config = getattr(diffusers_schedulers, name), build_components()["scheduler"].config
+    accepted = inspect.signature(cls).parameters
+    for sigmas in [each for each in SIGMAS if each in accepted]:
+        options = {sigmas: True, "rescale_betas_zero_snr": rescale_betas_zero_snr}
+        for num_inference_steps in (1, 2, 21, 50):
+            if int(strength * num_inference_steps) == 0:
+                continue
+            scheduler = cls.from_config(config, **{key: options[key] for key in options if key in accepted})
+            schedule = Schedule(scheduler, num_inference_steps, strength=strength)
+            schedule.rehearse(4)
+            latents = torch.ones(1, 4, 2, 2)
+            scheduler.scale_model_input(latents, schedule.timesteps[0])
+            num_skipped = len(scheduler.timesteps) - len(schedule.timesteps)
+            assert scheduler.begin_index == num_skipped
+            assert scheduler.step_index in (None, num_skipped)  # not every one looks it up to scale
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc"])
+def test_beta_sigmas_of_50_steps_end_at_the_answer(pipe, call, monkeypatch, name):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, use_karras_sigmas=False, use_beta_sigmas=True)
+    assert start_midway(pipe, call, monkeypatch, 1.0, 50) < 0.1
+
+
+def test_what_a_scheduler_cannot_do_is_refused_before_a_model_runs(guarded_pipe, monkeypatch):
+    def refuse(scheduler, message, **options):
+        monkeypatch.setattr(guarded_pipe, "scheduler", scheduler)
+        with pytest.raises(ValueError, match=message):
+            guarded_pipe("rain", **({"audio_length_in_s": 0.3} | options))
+
+    config = guarded_pipe.scheduler.config
+    refuse(SCHEDULERS["dpm++"].from_config(config, use_flow_sigmas=True), "`scheduler` has use_flow_sigmas")
+    refuse(
+        SCHEDULERS["lcm"].from_config(config),
+        "`num_inference_steps` of 100 cannot.*LCMScheduler",
+        num_inference_steps=100,
+    )
+    broken = SCHEDULERS["dpm++"].from_config(config, solver_order=2)
+    monkeypatch.setattr(type(broken), "step", lambda *args, **kwargs: [][1])
+    refuse(broken, "`num_inference_steps` of 7 cannot.*IndexError", num_inference_steps=7)
+    refuse(EulerDiscreteScheduler.from_config(config), "`sigmas` cannot be below 0", sigmas=[3.0, -1.0])
+
+
+def test_the_default_strength_is_checked_as_a_given_one_is(guarded_pipe, monkeypatch):
+    config = guarded_pipe.scheduler.config
+    audio = {"audio": noise(5000), "audio_sampling_rate": 16000}
+    monkeypatch.setattr(guarded_pipe, "scheduler", diffusers_schedulers.LMSDiscreteScheduler.from_config(config))
+    with pytest.raises(ValueError, match="`strength` has to be 1, not 0.5, with LMS"):
+        guarded_pipe("rain", **audio)
+    monkeypatch.setattr(guarded_pipe, "scheduler", SCHEDULERS["pndm"].from_config(config, skip_prk_steps=False))
+    with pytest.raises(ValueError, match="`strength` has to be 1, not 0.5, for PNDM"):
+        guarded_pipe("rain", **audio)
+
+
+def test_strength_is_a_fraction_of_the_steps_that_are_given(call, guarded_pipe):
+    options = {"audio": noise(5000), "strength": 0.5, "num_inference_steps": 1}
+    assert np.isfinite(call(timesteps=[900, 600, 300, 100], **options)).all()
+    with pytest.raises(ValueError, match="`strength` 0.5 leaves none of the 1 steps"):
+        call(pipe=guarded_pipe, timesteps=[500], **options | {"num_inference_steps": 50})

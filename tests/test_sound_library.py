@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -715,3 +716,18 @@ def test_a_vae_of_another_scale_is_refused(tiny_folder, tmp_path, capsys):
         assemble.main(list(map(str, flags)))
     assert "--vae" in capsys.readouterr().err
     assert not (tmp_path / "tiny").exists()
+
+
+def test_lists_of_others_are_kept(library, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["compose", str(library), str(tmp_path), "--num_clips", "1"])
+    with pytest.raises(SystemExit):
+        compose.main()
+    assert "data.jsonl is there already" in capsys.readouterr().err
+    (tmp_path / "data.jsonl").rename(tmp_path / "train.jsonl")
+    monkeypatch.setattr(sys, "argv", ["build", str(tmp_path)])
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "holds lists of other sounds" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("train.jsonl", "mine")]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,32 @@ def test_a_checkpoint_that_is_not_complete_is_never_picked_up(arguments, tmp_pat
     assert not leftover.exists()
 
 
+def test_a_run_goes_on_among_folders_of_the_user_and_past_a_damaged_checkpoint(arguments, tmp_path):
+    """To the same end as the unbroken run, and with all that the user had put there."""
+    whole, folder = tmp_path / "whole", tmp_path / "folder"
+    assert main(arguments(whole, "--max_train_steps=4")) == 0
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-4").rename(folder / "checkpoint-3")
+    (folder / "checkpoint-3" / "trainer_state.json").write_text('{"step": 3, "sett')
+    mine = [folder / name / "notes.txt" for name in ("checkpoint-2.bak", "checkpoint-2-keep-me", "model", "samples")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+    mine += [folder / "checkpoint-007", folder / "checkpoint-4"]
+    for path in mine:
+        path.write_text("mine")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ("--max_train_steps=4", "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1")
+    assert main(arguments(folder, *flags)) == 0
+    assert_same_weights(weights(folder), weights(whole))
+    for name in ("log.jsonl", "log.txt"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    mine[-1] = folder / "checkpoint-4.bak"
+    assert all(path.read_text() == "mine" for path in mine)
+    assert (folder / "checkpoint-4" / "trainer_state.json").is_file()
+
+
 def test_an_earlier_runs_checkpoints_are_never_written_over(arguments, tmp_path, capsys):
     assert main(arguments(tmp_path, "--max_train_steps=2")) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -337,9 +364,10 @@ def test_a_training_can_start_from_parts(model_folder, sounds, tmp_path):
     config.write_text((model_folder / "unet" / "config.json").read_text())
     parts = [f"--{name}={model_folder}" for name in ("vae", "vocoder", "text_encoder")]
     flags = ["--train_manifest", str(sounds), "--output_dir", str(tmp_path / "out"), "--max_train_steps=1"]
-    flags += ["--audio_length_in_s=0.32", "--train_batch_size=2", "--num_workers=0"]
+    flags += ["--audio_length_in_s=0.32", "--train_batch_size=2", "--num_workers=0", "--rescale_betas_zero_snr"]
     assert main([f"--unet_config={config}", *parts, *flags]) == 0
     pipe = TangoPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.alphas_cumprod[-1] == 0
     assert pipe.config.default_audio_length_in_s == 0.32
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
@@ -409,6 +437,8 @@ def test_bad_data_is_named_and_skipped_or_refused(arguments, sounds, tmp_path, c
     rows += [
         {"location": str(folder / name), "captions": "x"} for name in ("silent.wav", "corrupt.wav", "missing.wav")
     ]
+    soundfile.write(folder / "untold.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 8000), 16000)
+    rows.insert(1, {"location": str(folder / "untold.wav"), "captions": ""})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--train_manifest", folder / "data.jsonl", "--max_train_steps=1")
     assert main(arguments(tmp_path / "skip", *flags)) == 0
@@ -417,10 +447,11 @@ def test_bad_data_is_named_and_skipped_or_refused(arguments, sounds, tmp_path, c
         "silent.wav": "silent",
         "corrupt.wav": "unreadable",
         "missing.wav": "missing",
+        "untold.wav": "no caption",
     }
     assert main(arguments(tmp_path / "refuse", *flags, "--on_bad_data=refuse")) == 1
     error = capsys.readouterr().err
-    assert "error: train data: 3 of 8 sounds cannot be used" in error and "missing.wav" in error
+    assert "error: train data: 4 of 9 sounds cannot be used" in error and "missing.wav" in error
     assert not list((tmp_path / "refuse").glob("checkpoint-*"))
 
 

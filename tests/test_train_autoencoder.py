@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
+from conftest import build_components
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
@@ -216,6 +217,17 @@ def test_a_frozen_encoder_makes_the_same_latents(arguments, tiny_folder, tmp_pat
         AutoencoderKL.from_pretrained(each).config.scaling_factor for each in (tiny_folder / "vae", tmp_path / "model")
     ]
     assert scales[0] == scales[1]
+
+
+def test_an_encoder_without_a_last_convolution_can_be_frozen(arguments, tmp_path):
+    vae = build_components()["vae"]
+    vae = AutoencoderKL.from_config(vae.config, use_quant_conv=False, use_post_quant_conv=False)
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ("--max_train_steps=1", "--freeze_encoder", "--pretrained_model_name_or_path", tmp_path / "vae")
+    assert main(arguments(tmp_path / "out", *flags, config=None)) == 0
+    before, after = weights(tmp_path / "vae"), weights(tmp_path / "out" / "model")
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
+    assert "base_model:" not in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_a_new_vae_begins_as_a_linear_transform(arguments, sounds, tmp_path):

@@ -42,6 +42,17 @@ def test_case_makes_no_difference_and_unseen_words_are_read_in_pieces(manifest, 
     assert tokenizer.decode(ids, skip_special_tokens=True) == "xylophone, 7 zebras!"
 
 
+def test_what_was_made_is_logged_and_empty_captions_do_not_count(manifest, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"location": "a.wav", "captions": ["", " "]}')
+    flags = ["--train_manifest", str(manifest), str(empty)]
+    assert main([*flags, "--output_dir", str(tmp_path / "t5")]) == 0
+    assert f"tokens from {len(CAPTIONS)} captions" in caplog.text and capsys.readouterr().out == ""
+    assert main(["--train_manifest", str(empty), "--output_dir", str(tmp_path / "none")]) == 1
+    assert "`--train_manifest`: no caption in" in capsys.readouterr().err
+
+
 def test_bad_input_is_refused_by_name_and_leaves_nothing(manifest, tmp_path, capsys):
     for flags, name in ((["--vocab_size=5"], "--vocab_size"), ([f"--output_dir={tmp_path}"], "exists already")):
         with pytest.raises(SystemExit):

@@ -20,6 +20,7 @@ from scipy.io import wavfile
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "tango": "pipeline_tango.__main__",
+    "tango-cache": "pipeline_tango.converted",
     "tango-convert": "pipeline_tango.convert.convert_tango",
     "tango-copy-synthesis": "pipeline_tango.training.copy_synthesis",
     "tango-evaluate": "pipeline_tango.training.evaluate",

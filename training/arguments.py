@@ -8,6 +8,8 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
+from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, check_numbers
+
 from .data import ClipSources
 
 
@@ -48,11 +50,11 @@ def add_data_arguments(parser, description=None):
     data.add_argument("--dataset_split", default="train", help="its split")
     data.add_argument("--audio_column", help="column of the sound (default: by convention)")
     data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
-    data.add_argument("--min_length_in_s", type=float, default=0.1, help="shorter sounds count as bad data")
+    data.add_argument("--min_length_in_s", type=NOT_NEGATIVE, default=0.1, help="shorter sounds count as bad data")
     data.add_argument(
         "--on_bad_data", choices=("skip", "refuse"), default="skip", help="skip bad data, or refuse to train"
     )
-    data.add_argument("--max_train_samples", type=int, help="train on a fixed random subset of this many clips")
+    data.add_argument("--max_train_samples", type=COUNT, help="train on a fixed random subset of this many clips")
     return data
 
 
@@ -62,11 +64,11 @@ def clip_sources(args):
 
 
 def add_lora_arguments(group):
-    group.add_argument("--lora_rank", type=int, help="train LoRA layers of this rank instead of the whole UNet")
+    group.add_argument("--lora_rank", type=COUNT, help="train LoRA layers of this rank instead of the whole UNet")
     group.add_argument(
-        "--lora_alpha", type=float, help="alpha of LoRA, which scales by alpha / rank (default: the rank)"
+        "--lora_alpha", type=POSITIVE, help="alpha of LoRA, which scales by alpha / rank (default: the rank)"
     )
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout probability before LoRA layers")
+    group.add_argument("--lora_dropout", type=DECAY, default=0.0, help="dropout probability before LoRA layers")
     group.add_argument(
         "--lora_targets",
         nargs="+",
@@ -80,13 +82,13 @@ def add_ema_arguments(group, ema_decay):
     group.add_argument(
         "--use_ema", action="store_true", help="keep an exponential moving average of the weights and save it"
     )
-    group.add_argument("--ema_decay", type=float, default=ema_decay, help="decay of the moving average")
+    group.add_argument("--ema_decay", type=FRACTION, default=ema_decay, help="decay of the moving average")
 
 
 def add_pool_argument(group):
     group.add_argument(
         "--pool_frames",
-        type=int,
+        type=COUNT,
         nargs="+",
         default=[1],
         help="numbers of frames to average the error of the VAE's decoder over before its absolute value is taken; "
@@ -97,34 +99,37 @@ def add_pool_argument(group):
 def add_optimisation_arguments(parser):
     """AdamW, its schedule, and the length of a run. Returns the group. A script sets its own defaults."""
     steps = parser.add_argument_group("optimisation", "steps are optimizer steps, whatever the accumulation")
-    steps.add_argument("--train_batch_size", type=int, default=4, help="clips per process and accumulation step")
+    steps.add_argument("--train_batch_size", type=COUNT, default=4, help="clips per process and accumulation step")
     steps.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients are averaged for one step"
+        "--gradient_accumulation_steps",
+        type=COUNT,
+        default=1,
+        help="batches whose gradients are averaged for one step",
     )
-    steps.add_argument("--max_train_steps", type=int, help="overrides --num_train_epochs")
-    steps.add_argument("--num_train_epochs", type=int, default=40, help="passes over the data")
+    steps.add_argument("--max_train_steps", type=COUNT, help="overrides --num_train_epochs")
+    steps.add_argument("--num_train_epochs", type=COUNT, default=40, help="passes over the data")
     add_schedule_arguments(steps)
-    steps.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    steps.add_argument("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of AdamW")
     return steps
 
 
 def add_schedule_arguments(steps):
     """The flags of AdamW and its schedule that every script has."""
-    steps.add_argument("--learning_rate", type=float, default=3e-5, help="peak learning rate")
+    steps.add_argument("--learning_rate", type=NOT_NEGATIVE, default=3e-5, help="peak learning rate")
     steps.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="linear", help="its schedule")
-    steps.add_argument("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up")
-    steps.add_argument("--adam_beta1", type=float, default=0.9, help="beta 1 of AdamW")
-    steps.add_argument("--adam_beta2", type=float, default=0.999, help="beta 2 of AdamW")
-    steps.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
-    steps.add_argument("--max_grad_norm", type=float, default=1.0, help="gradient clipping; 0 turns it off")
-    steps.add_argument("--seed", type=int, default=0, help="of everything random")
+    steps.add_argument("--lr_warmup_steps", type=INDEX, default=0, help="steps of linear warm-up")
+    steps.add_argument("--adam_beta1", type=DECAY, default=0.9, help="beta 1 of AdamW")
+    steps.add_argument("--adam_beta2", type=DECAY, default=0.999, help="beta 2 of AdamW")
+    steps.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="weight decay of AdamW")
+    steps.add_argument("--max_grad_norm", type=NOT_NEGATIVE, default=1.0, help="gradient clipping; 0 turns it off")
+    steps.add_argument("--seed", type=INDEX, default=0, help="of everything random")
 
 
 def add_checkpoint_arguments(parser):
     checkpoints = parser.add_argument_group("checkpoints")
     checkpoints.add_argument("--output_dir", required=True, help="folder of checkpoints, log and result")
-    checkpoints.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
-    checkpoints.add_argument("--checkpoints_total_limit", type=int, help="number to keep; older ones are removed")
+    checkpoints.add_argument("--checkpointing_steps", type=COUNT, default=500, help="steps between checkpoints")
+    checkpoints.add_argument("--checkpoints_total_limit", type=COUNT, help="number to keep; older ones are removed")
     checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
 
 
@@ -137,18 +142,11 @@ def add_report_arguments(parser):
     return reports
 
 
-def check_arguments(parser, args, *counts):
-    """What every training script asks of its arguments: one source of data, a seed that is not negative, and at least
-    1 for each of `counts`."""
+def check_arguments(parser, args):
+    """What every training script asks of its arguments: one source of data, and numbers in their ranges."""
     if bool(args.train_manifest) == bool(args.dataset_name):
         parser.error("give one of --train_manifest and --dataset_name")
-    for name in counts:
-        value = getattr(args, name)
-        for count in value if isinstance(value, list) else [value]:
-            if count is not None and count < 1:
-                parser.error(f"--{name} has to be at least 1, not {count}")
-    if args.seed < 0:
-        parser.error(f"--seed has to be at least 0, not {args.seed}")
+    check_numbers(parser, args)
 
 
 def check_libraries(args):

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pipeline_tango import TANGO_TINY, TangoPipeline, log_mel_spectrogram
+from pipeline_tango.flags import COUNT, POSITIVE, check_numbers
 from pipeline_tango.mel import MEL_FFT_LENGTH
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
@@ -64,14 +65,13 @@ def main(argv=None):
         help="diffusers folder or Hub repo (default: tango-tiny)",
     )
     parser.add_argument(
-        "--takes", type=int, default=4, metavar="N", help="takes per recording, each with other noise (default: 4)"
+        "--takes", type=COUNT, default=4, metavar="N", help="takes per recording, each with other noise (default: 4)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="maximum length, from the start (default: 5)"
+        "--seconds", type=POSITIVE, default=5.0, metavar="S", help="maximum length, from the start (default: 5)"
     )
     args = parser.parse_args(argv)
-    if args.takes < 1 or not args.seconds > 0:
-        parser.error("--takes has to be at least 1 and --seconds above 0")
+    check_numbers(parser, args)
     try:
         check_sound_reader()
         clips = read_manifest(args.manifest)

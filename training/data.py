@@ -19,6 +19,8 @@ from accelerate.logging import get_logger
 from scipy.signal import resample_poly
 from tqdm.auto import tqdm
 
+from pipeline_tango.sound_files import open_sound
+
 
 logger = get_logger(__name__)
 
@@ -49,15 +51,8 @@ class Clip:
     @contextmanager
     def decode(self):
         """The file as a `soundfile.SoundFile`. What cannot be decoded is a ValueError that names the clip."""
-        import soundfile  # here and not above, since `--help` has to work without the extra
-
-        if self.path.lower().endswith(".raw"):
-            raise ValueError(f"{self.path}: samples without a header.")
-        try:
-            with self.open() as stream, soundfile.SoundFile(stream) as file:
-                yield file
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{self.path}: {error.error_string}") from error
+        with self.open() as stream, open_sound(stream, self.path) as file:
+            yield file
 
 
 @dataclass(frozen=True)
@@ -83,8 +78,8 @@ def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=No
         audio_root (`str` or `Path`, *optional*): what relative paths start from; by default the manifest's folder.
 
     Raises:
-        ValueError: naming file and line, if a line cannot be parsed, a column is missing, or a path or caption is
-            empty or no text.
+        ValueError: naming file and line, if a line cannot be parsed, a column is missing, a path is empty or no text,
+            or a caption is no text. Empty captions are left to `inspect_clips`.
         FileNotFoundError: if there is no such manifest.
     """
     path = Path(path)
@@ -101,8 +96,6 @@ def read_manifest(path, *, audio_column=None, caption_column=None, audio_root=No
             captions = as_captions(record[find_column(record, caption_column, CAPTION_COLUMNS)])
             if not isinstance(location, str) or not location.strip():
                 raise ValueError(f"the path of the sound must be text, got {location!r:.80}")
-            if not has_caption(captions):
-                raise ValueError("a caption is empty")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}.") from None
         clips.append(Clip(os.path.join(root, location), captions))
@@ -150,6 +143,9 @@ def find_column(names, column, candidates):
 
 
 def as_captions(captions):
+    """A caption or a list of captions as a tuple, which is empty for what other programs write where there is none."""
+    if captions is None or isinstance(captions, float) and math.isnan(captions):
+        return ()
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"captions must be text or a list of texts, got {captions!r:.80}")
@@ -226,7 +222,7 @@ def inspect_clips(clips, *, min_length_in_s=0.0, num_workers=0):
 
     Returns:
         `(list[Clip], list[Fault])`: the good clips in their order, and one fault for each of the others. The reasons
-        are "no caption", "missing", "empty", "unreadable", "not finite", "too short" and "silent".
+        are "no caption", "missing", "empty", "unreadable", "not finite", "too short", "silent" and "channels cancel".
     """
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         faults = pool.map(functools.partial(find_fault, min_length_in_s=min_length_in_s), clips)
@@ -239,22 +235,26 @@ def find_fault(clip, min_length_in_s):
     if not has_caption(clip.captions):
         return Fault(clip.path, "no caption")
     num_frames, total, low, high = 0, 0.0, math.inf, -math.inf
+    channel_low, channel_high = math.inf, -math.inf
     try:
         with clip.open() as stream:
             if not stream.read(1):
                 return Fault(clip.path, "empty", "0 bytes")
         with clip.decode() as file:
-            while len(block := file.read(2**16, dtype="float32", always_2d=True)):
-                block = to_mono(block)
+            while len(frames := file.read(2**16, dtype="float32", always_2d=True)):
+                block = to_mono(frames)
                 if not np.isfinite(block).all():
                     return Fault(clip.path, "not finite", f"near {num_frames / file.samplerate:.2f} s")
                 num_frames += len(block)
                 total += float(block.sum(dtype=np.float64))
                 low, high = min(low, float(block.min())), max(high, float(block.max()))
+                if file.channels > 1:
+                    channel_low = np.minimum(channel_low, frames.min(axis=0))
+                    channel_high = np.maximum(channel_high, frames.max(axis=0))
     except FileNotFoundError:
         return Fault(clip.path, "missing")
     except (OSError, ValueError) as error:  # ValueError also: a name that no file can have
-        return Fault(clip.path, "unreadable", str(error).removeprefix(f"{clip.path}: "))
+        return Fault(clip.path, "unreadable", getattr(error, "reason", str(error)))
     if file.frames == 0:
         return Fault(clip.path, "empty", "0 samples")
     if num_frames < file.frames:
@@ -264,6 +264,10 @@ def find_fault(clip, min_length_in_s):
         return Fault(clip.path, "too short", f"{length_in_s:.3f} s of at least {min_length_in_s:g} s")
     mean = total / num_frames
     if max(high - mean, mean - low) < SILENCE:
+        channel_peak = float(np.max(channel_high - channel_low)) / 2
+        if channel_peak >= file.channels * SILENCE:  # more than averaging takes from a channel beside silent ones
+            detail = f"the {file.channels} channels, of peak {channel_peak:.2g}, cancel each other when averaged"
+            return Fault(clip.path, "channels cancel", detail)
         return Fault(clip.path, "silent", f"peak {max(high - mean, mean - low):.1e}")
     return None
 
@@ -335,7 +339,10 @@ def read_waveform(clip, sampling_rate, start=0, num_samples=None):
         if num_samples is not None:
             last = min(last, math.ceil((start + num_samples) / up) + reach)
         first = min(first, last)
-        file.seek(min(first * down, file.frames))
+        if file.seekable():
+            file.seek(min(first * down, file.frames))
+        else:  # GSM: what lies before has to be decoded
+            file.read(first * down)
         waveform = to_mono(file.read((last - first) * down, dtype="float32", always_2d=True))
     if up != down and len(waveform):
         waveform = resample_poly(waveform, up, down)

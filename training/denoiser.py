@@ -11,6 +11,7 @@ from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
+from pipeline_tango.sound_files import write_atomically
 
 from .run import shards_weights
 
@@ -67,13 +68,17 @@ def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
 def set_schedule(pipe, prediction_type, rescale_betas_zero_snr):
     """Change what a pipeline's scheduler says of the training: its prediction type if one is given, and whether the
     last timestep is pure noise."""
-    config, sampler = dict(pipe.scheduler.config), type(pipe.scheduler)
+    sampler, changes = type(pipe.scheduler), {}
     if prediction_type:
-        config["prediction_type"] = prediction_type
+        changes["prediction_type"] = prediction_type
     if rescale_betas_zero_snr:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         sampler = DDPMScheduler  # few others can
-    pipe.scheduler = sampler.from_config(config)
+    # as arguments: `from_config` drops entries of a config that are listed there as defaults
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config, **changes)
+    for name, value in changes.items():
+        if pipe.scheduler.config.get(name) != value:
+            raise ValueError(f"`--{name}`: {sampler.__name__} does not take {value!r}")
 
 
 def prepare_denoiser(
@@ -151,8 +156,18 @@ def save_lora(pipe, folder):
     """The LoRA layers as a file that `load_lora_weights` reads."""
     from peft.utils import get_peft_model_state_dict
 
-    TangoPipeline.save_lora_weights(
-        folder,
-        get_peft_model_state_dict(pipe.unet),
-        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
-    )
+    config = pipe.unet.peft_config["default"].to_dict()
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    TangoPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config)
+    sort_metadata(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def sort_metadata(path):
+    """Write a safetensors file anew with its metadata in order, which the library has in another one each time."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    write_atomically(path, len(text).to_bytes(8, "little") + text + data[end:])

@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import get_device
 from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS
+from pipeline_tango.flags import COUNT, INDEX, POSITIVE, Number, check_numbers
 from pipeline_tango.sound_files import write_atomically
 
 from .arguments import HelpFormatter, program_name
@@ -52,7 +53,7 @@ from .evaluation.measuring import (
 )
 from .evaluation.plots import draw_plots
 from .evaluation.report import Tables, as_markdown, describe_run
-from .run import run
+from .run import check_output_dir, run
 
 
 logger = get_logger(__name__)
@@ -113,28 +114,35 @@ def build_parser():
         "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, cached features, tables and plots"
     )
     what.add_argument(
-        "--num_prompts", type=int, metavar="N", help="size of a random subset of the prompts, fixed by the seed"
+        "--num_prompts", type=COUNT, metavar="N", help="size of a random subset of the prompts, fixed by the seed"
     )
 
     sounds = parser.add_argument_group("generation", "comma-separated lists are swept in all combinations")
     sounds.add_argument(
-        "--num_inference_steps", default="100", metavar="N,...", help="denoising steps, such as 4,10,25,50,100,200"
+        "--num_inference_steps",
+        metavar="N,...",
+        help="denoising steps, such as 4,10,25,50,100,200 (default: each model's own)",
     )
-    sounds.add_argument("--guidance_scale", default="3", metavar="G,...", help="guidance scales, such as 1,2.5,3,5,10")
+    sounds.add_argument(
+        "--guidance_scale", metavar="G,...", help="guidance scales, such as 1,2.5,3,5,10 (default: each model's own)"
+    )
     sounds.add_argument(
         "--scheduler", default="own", metavar="NAME,...", help=f"any of own (the model's), {', '.join(SCHEDULERS)}"
     )
     sounds.add_argument(
-        "--num_takes", type=int, default=1, metavar="N", help="sounds per prompt; all of them are measured"
+        "--num_takes", type=COUNT, default=1, metavar="N", help="sounds per prompt; all of them are measured"
     )
     sounds.add_argument(
-        "--audio_length_in_s", type=float, metavar="S", help="length of the sounds in seconds (default: the model's)"
+        "--audio_length_in_s",
+        type=POSITIVE,
+        metavar="S",
+        help="length of the sounds in seconds (default: the model's)",
     )
     sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
     sounds.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the initial noise and of the resampling"
+        "--seed", type=INDEX, default=0, metavar="N", help="seed of the initial noise and of the resampling"
     )
-    sounds.add_argument("--batch_size", type=int, default=1, metavar="N", help="sounds per batch of a process")
+    sounds.add_argument("--batch_size", type=COUNT, default=1, metavar="N", help="sounds per batch of a process")
     sounds.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the UNet"
     )
@@ -156,7 +164,7 @@ def build_parser():
     )
     listening.add_argument(
         "--max_length_in_s",
-        type=float,
+        type=POSITIVE,
         metavar="S",
         help="use at most this many seconds of each sound, from its start (default: the length of the longest "
         "generated sound)",
@@ -164,21 +172,25 @@ def build_parser():
 
     figures = parser.add_argument_group("metrics")
     figures.add_argument(
-        "--num_resamples", type=int, default=200, metavar="N", help="bootstrap resamples of each interval"
+        "--num_resamples", type=Number(int, 20), default=200, metavar="N", help="bootstrap resamples of each interval"
     )
     figures.add_argument(
-        "--confidence", type=float, default=0.95, metavar="P", help="confidence level of the intervals"
+        "--confidence",
+        type=Number(float, above=0, below=1),
+        default=0.95,
+        metavar="P",
+        help="confidence level of the intervals",
     )
     figures.add_argument(
         "--num_inception_splits",
-        type=int,
+        type=COUNT,
         default=1,
         metavar="N",
         help="parts to average the inception score over; 10 in published figures",
     )
     figures.add_argument(
         "--recall_k",
-        type=int,
+        type=COUNT,
         default=5,
         metavar="K",
         help="class recall counts a clip if one of its labels is among this many most probable classes",
@@ -210,7 +222,7 @@ def build_parser():
     best = parser.add_argument_group("best of N")
     best.add_argument(
         "--num_candidates",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="largest N: the best of 1, 2, 4, ..., N takes of each prompt is measured",
     )
@@ -228,6 +240,8 @@ def parse_args(argv=None):
     if args.model and not args.prompts:
         parser.error("--model needs --prompts")
     for name, number, low in (("num_inference_steps", int, 1), ("guidance_scale", float, 0)):
+        if getattr(args, name) is None:
+            continue
         try:
             values = [number(each) for each in getattr(args, name).split(",")]
         except ValueError:
@@ -241,19 +255,7 @@ def parse_args(argv=None):
             parser.error(f"--{name} has to be of {', '.join(known)}, not {unknown[0]!r}")
         setattr(args, name, list(dict.fromkeys(values)))
     args.group_by = [name for name in args.group_by.split(",") if name]
-    for name in ("num_takes", "batch_size", "num_inception_splits", "recall_k", "num_prompts", "num_candidates"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, not {getattr(args, name)}")
-    if args.num_resamples < 20:
-        parser.error(f"--num_resamples has to be at least 20, not {args.num_resamples}")
-    if not 0 < args.confidence < 1:
-        parser.error(f"--confidence has to be between 0 and 1, not {args.confidence}")
-    if args.seed < 0:
-        parser.error(f"--seed has to be at least 0, not {args.seed}")
-    for name in ("audio_length_in_s", "max_length_in_s"):
-        value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            parser.error(f"--{name} has to be positive, not {value}")
+    check_numbers(parser, args)
     if bool(args.num_candidates) != bool(args.rank_by):
         parser.error("--num_candidates and --rank_by go together")
     if args.num_candidates:
@@ -288,7 +290,6 @@ def evaluate(args):
     for rule in args.group_by:
         if not any(group_of(item, rule, args.label_column) for item in known):
             raise ValueError(f"--group_by: {rule!r} applies to no entry of --prompts or --references")
-    check_schedulers(args.model, args.scheduler, args.num_inference_steps)
     names = short_names([*args.model, *args.generated])
     swept = plan_sweep(
         dict(zip(names, args.model)),
@@ -297,11 +298,13 @@ def evaluate(args):
         args.guidance_scale,
         output_dir / "sounds",
     )
+    check_schedulers(swept)
     known_ids = {item.id for item in known}
     given = []
     for name, folder in zip(names[len(args.model) :], args.generated):
         given.append(System(name, name, folder=Path(folder), sounds=read_generated(folder, known_ids)))
     systems = [*swept, *given]
+    check_output_dir(output_dir, ("args.json", "results.md", "problems.json"))
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / "args.json", json.dumps(vars(args), indent=2, sort_keys=True).encode())
@@ -371,6 +374,7 @@ def evaluate(args):
         references=args.references,
         batch_size=args.batch_size,
         num_problems=len(problems),
+        own_values=[name for name in ("num_inference_steps", "guidance_scale") if getattr(args, name) is None],
     )
     command = f"{program_name(__spec__.name)} {shlex.join(sys.argv[1:])}"
     text = as_markdown(tables, description, args.listener, args.rank_by, pictures, command)

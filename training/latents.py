@@ -19,6 +19,7 @@ from pipeline_tango import log_mel_spectrogram
 
 from .batches import shared_indices
 from .objective import empty_prompt_rows, sample_noise
+from .run import make_folder, set_aside
 
 
 class Encoders:
@@ -147,14 +148,18 @@ class LatentCache:
             with safe_open(self.path(key), framework="pt") as file:
                 if (file.metadata() or {}).get("key") == key:
                     return {name: file.get_tensor(name) for name in file.keys()}
-        except (FileNotFoundError, SafetensorError):
+        except PermissionError:
+            raise
+        except (OSError, SafetensorError):  # also: folders and files of others under these names
             pass
         return None
 
     def put(self, key, tensors):
         """Store a `dict[str, torch.Tensor]`, in place of any that `key` had."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        if path.is_dir():
+            set_aside(path)
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"key": key})
         partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")
         try:

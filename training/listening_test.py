@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline_tango.flags import COUNT, INDEX, POSITIVE, Number, check_numbers
 from pipeline_tango.sound_files import encode_wav, write_atomically
 
 from .arguments import program_name
@@ -63,10 +64,18 @@ def parse_args(argv=None):
     )
     build.add_argument("--output", required=True, metavar="HTML", help="the page; its key is written beside it")
     build.add_argument(
-        "--num_prompts", type=int, default=20, metavar="N", help="size of a random subset of the prompts (default: 20)"
+        "--num_prompts",
+        type=COUNT,
+        default=20,
+        metavar="N",
+        help="size of a random subset of the prompts (default: 20)",
     )
     build.add_argument(
-        "--max_length_in_s", type=float, default=10.0, metavar="S", help="cut longer sounds, in seconds (default: 10)"
+        "--max_length_in_s",
+        type=POSITIVE,
+        default=10.0,
+        metavar="S",
+        help="cut longer sounds, in seconds (default: 10)",
     )
     build.add_argument(
         "--level",
@@ -75,7 +84,7 @@ def parse_args(argv=None):
         help="scale all sounds to the same peak, so that loudness has no influence (default), or keep their own level",
     )
     build.add_argument("--title", default="Listening test", help="title of the page (default: Listening test)")
-    build.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the subset (default: 0)")
+    build.add_argument("--seed", type=INDEX, default=0, metavar="N", help="seed of the subset (default: 0)")
 
     summarize = commands.add_parser(
         "summarize",
@@ -86,12 +95,16 @@ def parse_args(argv=None):
     summarize.add_argument("--key", required=True, metavar="FILE", help="the page's key")
     summarize.add_argument("--output", metavar="CSV", help="also write every rating, with its system and prompt")
     summarize.add_argument(
-        "--num_resamples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: 2000)"
+        "--num_resamples", type=Number(int, 20), default=2000, metavar="N", help="bootstrap resamples (default: 2000)"
     )
     summarize.add_argument(
-        "--confidence", type=float, default=0.95, metavar="P", help="confidence level of the intervals (default: 0.95)"
+        "--confidence",
+        type=Number(float, above=0, below=1),
+        default=0.95,
+        metavar="P",
+        help="confidence level of the intervals (default: 0.95)",
     )
-    summarize.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the resamples (default: 0)")
+    summarize.add_argument("--seed", type=INDEX, default=0, metavar="N", help="seed of the resamples (default: 0)")
 
     args = parser.parse_args(argv)
     if args.command == "build":
@@ -100,17 +113,7 @@ def parse_args(argv=None):
             parser.error("--system has to be NAME=SOUNDS, each name once")
         if Path(args.output).suffix != ".html":
             parser.error(f"--output has to end in .html, not {args.output!r}")
-        if args.num_prompts < 1:
-            parser.error(f"--num_prompts has to be at least 1, not {args.num_prompts}")
-        if not 0 < args.max_length_in_s < math.inf:
-            parser.error(f"--max_length_in_s has to be positive, not {args.max_length_in_s}")
-    else:
-        if args.num_resamples < 20:
-            parser.error(f"--num_resamples has to be at least 20, not {args.num_resamples}")
-        if not 0 < args.confidence < 1:
-            parser.error(f"--confidence has to be between 0 and 1, not {args.confidence}")
-    if args.seed < 0:
-        parser.error(f"--seed has to be at least 0, not {args.seed}")
+    check_numbers(build if args.command == "build" else summarize, args)
     return args
 
 

@@ -5,6 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .run import numbered
+
+
+def base_model(name_or_path):
+    """What the card's metadata say of the model that training started from: nothing if it is a local folder, whose
+    path means nothing elsewhere."""
+    return {"base_model": name_or_path} if name_or_path and not Path(name_or_path).exists() else {}
+
 
 def write_card(folder, args, metadata, about, code, figures, more=""):
     """`README.md` of a result: what it is, how it is loaded, figures, and the flags it was trained with.
@@ -29,7 +37,7 @@ def write_card(folder, args, metadata, about, code, figures, more=""):
 def copy_sounds(samples, folder, prompts):
     """Copy the last of the sounds under `samples`, one folder for each step, into a result. Returns their section of
     the card, empty if there are none."""
-    steps = sorted(samples.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    steps = [path for _, path in numbered(samples, "step") if path.is_dir()]
     if not steps:
         return ""
     shutil.copytree(steps[-1], folder / "samples")

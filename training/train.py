@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
+from pipeline_tango.flags import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -45,7 +46,7 @@ from .denoiser import (
 )
 from .latents import Encoders, cache_dataset
 from .mixing import augment
-from .model_card import copy_sounds, write_card
+from .model_card import base_model, copy_sounds, write_card
 from .objective import (
     check_scheduler,
     diffusion_loss,
@@ -97,10 +98,10 @@ def parse_args(argv=None):
 
     data = add_data_arguments(parser)
     data.add_argument("--caption_column", help="column of the caption or list of captions (default: by convention)")
-    data.add_argument("--audio_length_in_s", type=float, help="length of clips, in seconds (default: the model's)")
+    data.add_argument("--audio_length_in_s", type=POSITIVE, help="length of clips, in seconds (default: the model's)")
     data.add_argument("--crop", choices=("random", "head"), default="random", help="part kept of longer sounds")
     data.add_argument("--prefix", default="", help="text put before every caption")
-    data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
+    data.add_argument("--num_workers", type=INDEX, default=2, help="processes that read sounds")
     data.add_argument(
         "--cache_dir",
         help="folder of cached latents and, if the text encoder is frozen, text states: epochs then run the UNet only",
@@ -109,16 +110,16 @@ def parse_args(argv=None):
     mixing = parser.add_argument_group("mixing", "pairs of a batch mixed into further training examples")
     mixing.add_argument("--augment", choices=("none", "pressure", "random"), default="none", help="weights of a pair")
     mixing.add_argument(
-        "--mix_ratio", type=float, default=0.5, help="perceived share of the first sound, for `pressure`"
+        "--mix_ratio", type=FRACTION, default=0.5, help="perceived share of the first sound, for `pressure`"
     )
-    mixing.add_argument("--num_mixes", type=int, default=4, help="mixes added to each batch, at most")
+    mixing.add_argument("--num_mixes", type=INDEX, default=4, help="mixes added to each batch, at most")
 
     objective = parser.add_argument_group("objective")
     objective.add_argument(
         "--prediction_type", choices=("epsilon", "v_prediction"), help="what the UNet predicts (default: as before)"
     )
     objective.add_argument(
-        "--snr_gamma", type=float, help="gamma of min-SNR weighting; 5 is usual (default: no weighting)"
+        "--snr_gamma", type=POSITIVE, help="gamma of min-SNR weighting; 5 is usual (default: no weighting)"
     )
     objective.add_argument(
         "--snr_weighting",
@@ -128,19 +129,19 @@ def parse_args(argv=None):
     )
     objective.add_argument(
         "--proportion_empty_prompts",
-        type=float,
+        type=FRACTION,
         default=0.0,
         help='probability that a caption is replaced by "", for classifier-free guidance',
     )
     objective.add_argument(
         "--input_perturbation",
-        type=float,
+        type=NOT_NEGATIVE,
         default=0.0,
         help="deviation of noise added to the input only; 0.1 is usual",
     )
     objective.add_argument(
         "--noise_offset",
-        type=float,
+        type=NOT_NEGATIVE,
         default=0.0,
         help="deviation of noise that is constant over each channel; 0.1 is usual",
     )
@@ -164,24 +165,26 @@ def parse_args(argv=None):
     )
 
     steps = add_optimisation_arguments(parser)
-    steps.add_argument("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
-    steps.add_argument("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
+    steps.add_argument("--lr_num_cycles", type=COUNT, default=1, help="cycles of cosine_with_restarts")
+    steps.add_argument("--lr_power", type=POSITIVE, default=1.0, help="power of the polynomial schedule")
     steps.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
     steps.add_argument("--fused_adam", action="store_true", help="fused kernel of AdamW")
 
     add_checkpoint_arguments(parser)
 
     validation = parser.add_argument_group("validation")
-    validation.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
-    validation.add_argument("--num_validation_timesteps", type=int, default=8, help="timesteps of the validation loss")
+    validation.add_argument("--validation_steps", type=COUNT, default=500, help="steps between validations")
+    validation.add_argument(
+        "--num_validation_timesteps", type=COUNT, default=8, help="timesteps of the validation loss"
+    )
     validation.add_argument(
         "--validation_prompts", nargs="+", default=[], help="generate sounds for these at each validation"
     )
     validation.add_argument(
-        "--num_validation_inference_steps", type=int, default=25, help="DPM++ steps of these sounds"
+        "--num_validation_inference_steps", type=COUNT, default=25, help="DPM++ steps of these sounds"
     )
     validation.add_argument(
-        "--validation_guidance_scale", type=float, default=3.0, help="guidance scale of these sounds"
+        "--validation_guidance_scale", type=NOT_NEGATIVE, default=3.0, help="guidance scale of these sounds"
     )
 
     reports = add_report_arguments(parser)
@@ -201,22 +204,7 @@ def parse_args(argv=None):
         parser.error("--use_dora needs --lora_rank")
     if args.use_ema and args.lora_rank:
         parser.error("--use_ema averages the whole UNet: leave out --lora_rank")
-    check_arguments(
-        parser,
-        args,
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "num_train_epochs",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "validation_steps",
-        "num_validation_timesteps",
-        "lora_rank",
-        "max_train_samples",
-    )
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        parser.error(f"--proportion_empty_prompts has to be between 0 and 1, not {args.proportion_empty_prompts}")
+    check_arguments(parser, args)
     return args
 
 
@@ -368,8 +356,7 @@ def save_result(args, accelerator, pipe, model, name, summary):
         "tags": ["tango", "text-to-audio", *(["lora"] if args.lora_rank else [])],
     }
     base = args.pretrained_model_name_or_path
-    if base and not Path(base).exists():
-        metadata["base_model"] = base
+    metadata |= base_model(base)
     about = f"Trained with `training.train` of pipeline-tango{f', starting from `{base}`' if base else ''}."
     code = "from pipeline_tango import TangoPipeline\n\npipe = TangoPipeline.from_pretrained("
     with replacing(Path(args.output_dir) / name) as folder:
@@ -451,7 +438,9 @@ def train(args):
         for name in ("seed", "train_batch_size", "gradient_accumulation_steps", "augment", "crop", "snr_gamma")
     } | {"num_clips": len(train_clips), "num_processes": accelerator.num_processes, "num_steps": num_steps}
     first_step = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, settings)
-    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango")
+    log = open_log(
+        accelerator, output_dir, args, first_step, "pipeline-tango", ("best", "lora" if args.lora_rank else "model")
+    )
     loader = step_loader(
         dataset,
         accelerator,

@@ -21,6 +21,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import Dataset
 
 from pipeline_tango import log_mel_spectrogram
+from pipeline_tango.flags import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, Number
 from pipeline_tango.mel import MEL_FFT_LENGTH, MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
@@ -40,7 +41,7 @@ from .batches import keyed_generator, shared_indices, step_loader
 from .data import ClipDataset, count_samples, prepare_clips, select_clips
 from .latents import vae_factor
 from .linear_autoencoder import can_initialise, initialise
-from .model_card import write_card
+from .model_card import base_model, write_card
 from .objective import reconstruction_error, sample_noise
 from .run import (
     averaged,
@@ -49,6 +50,7 @@ from .run import (
     load_checkpoint,
     log_plan,
     make_ema,
+    make_folder,
     mean_figures,
     open_log,
     progress_bar,
@@ -114,15 +116,15 @@ def parse_args(argv=None):
     data.add_argument("--caption_column", help="column of a text, which is not used (default: by convention)")
     data.add_argument(
         "--audio_length_in_s",
-        type=float,
+        type=POSITIVE,
         default=10.24,
         help="length of clips, in seconds: the one that the UNet will train on",
     )
     data.add_argument("--crop", choices=("random", "head"), default="random", help="part kept of longer sounds")
-    data.add_argument("--num_crop_frames", type=int, default=128, help="frames of a training crop")
+    data.add_argument("--num_crop_frames", type=COUNT, default=128, help="frames of a training crop")
     data.add_argument(
         "--length_factors",
-        type=float,
+        type=Number(float),
         nargs="+",
         default=[0.5, 1, 2],
         metavar="F",
@@ -130,31 +132,37 @@ def parse_args(argv=None):
         "these. A VAE trained on one length only has a wrong level at others: it was half a neper too loud at twice "
         "the length. With --freeze_encoder this applies to the decoder (default: 0.5 1 2)",
     )
-    data.add_argument("--num_workers", type=int, default=2, help="processes that read sounds")
+    data.add_argument("--num_workers", type=INDEX, default=2, help="processes that read sounds")
 
     objective = parser.add_argument_group("objective", "the sum of three terms")
     objective.add_argument(
-        "--reconstruction_weight", type=float, default=1.0, help="weight of the mean absolute error of log-mel values"
+        "--reconstruction_weight",
+        type=NOT_NEGATIVE,
+        default=1.0,
+        help="weight of the mean absolute error of log-mel values",
     )
     add_pool_argument(objective)
     objective.add_argument(
         "--kl_weight",
-        type=float,
+        type=NOT_NEGATIVE,
         default=1e-4,
         help="weight of the KL divergence from a standard normal, in nats, as the mean over the elements of the "
         "latent: independent of the shapes of latent and spectrogram",
     )
     objective.add_argument(
         "--adversarial_weight",
-        type=float,
+        type=NOT_NEGATIVE,
         default=0.0,
         help="weight of the hinge loss of a patch discriminator, for sharper spectrograms; 0.05 is usual",
     )
     objective.add_argument(
-        "--adversarial_start_step", type=int, default=0, help="step at which the adversarial loss starts"
+        "--adversarial_start_step", type=INDEX, default=0, help="step at which the adversarial loss starts"
     )
     objective.add_argument(
-        "--discriminator_learning_rate", type=float, default=2e-4, help="learning rate of the discriminator, constant"
+        "--discriminator_learning_rate",
+        type=NOT_NEGATIVE,
+        default=2e-4,
+        help="learning rate of the discriminator, constant",
     )
 
     trained = parser.add_argument_group("trained weights")
@@ -168,9 +176,9 @@ def parse_args(argv=None):
     add_checkpoint_arguments(parser)
 
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--validation_steps", type=int, default=500, help="steps between validations")
+    measuring.add_argument("--validation_steps", type=COUNT, default=500, help="steps between validations")
     measuring.add_argument(
-        "--num_scale_clips", type=int, default=1000, help="training clips on which `scaling_factor` is measured"
+        "--num_scale_clips", type=COUNT, default=1000, help="training clips on which `scaling_factor` is measured"
     )
 
     add_report_arguments(parser)
@@ -178,24 +186,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.config and args.pretrained_model_name_or_path:
         parser.error("give --config or --pretrained_model_name_or_path, not both")
-    check_arguments(
-        parser,
-        args,
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "num_train_epochs",
-        "num_crop_frames",
-        "pool_frames",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "validation_steps",
-        "num_scale_clips",
-        "max_train_samples",
-    )
-    for name in ("reconstruction_weight", "kl_weight", "adversarial_weight", "adversarial_start_step"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name} has to be at least 0, not {getattr(args, name)}")
+    check_arguments(parser, args)
     if args.audio_length_in_s * MEL_SAMPLING_RATE <= MEL_FFT_LENGTH // 2:
         parser.error(f"--audio_length_in_s of {args.audio_length_in_s} is too short for a spectrogram")
     return args
@@ -396,7 +387,7 @@ def save_result(args, accelerator, vae, dataset, name, summary):
         write_card(
             folder,
             args,
-            {"library_name": "diffusers", "tags": ["tango", "vae"], "base_model": args.pretrained_model_name_or_path},
+            {"library_name": "diffusers", "tags": ["tango", "vae"], **base_model(args.pretrained_model_name_or_path)},
             "VAE of log-mel spectrograms, trained with `training.train_autoencoder` of pipeline-tango.",
             'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("THIS_FOLDER_OR_REPO")',
             summary,
@@ -406,7 +397,7 @@ def save_result(args, accelerator, vae, dataset, name, summary):
 
 def write_table(path, clips, errors):
     """CSV of the error of each clip, the worst first."""
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(("file_name", "mean_absolute_error"))
@@ -464,7 +455,8 @@ def train(args):
         zero_decoder_attention(vae)
     if args.freeze_encoder:
         vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     discriminator = None
     if args.adversarial_weight:

@@ -6,18 +6,24 @@ vocabulary; this is for a Tango that has to be small.
 """
 
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from pipeline_tango.flags import COUNT, INDEX, Number, check_numbers
 
 from .arguments import build_parser
 from .data import read_manifest
 from .run import replacing, run
 
+
+logger = get_logger(__name__)
 
 # narrow and shallow: 1.5 million parameters beside the embeddings
 TEXT_ENCODER_CONFIG = {
@@ -42,15 +48,16 @@ def parse_args(argv=None):
     )
     parser.add_argument("--caption_column", help="column of the caption or list of captions (default: by convention)")
     parser.add_argument("--output_dir", required=True, help="folder to write, which must not exist yet")
-    parser.add_argument("--vocab_size", type=int, default=1000, help="tokens, at most")
-    parser.add_argument("--max_length", type=int, default=64, help="tokens of a prompt; longer ones are cut")
+    parser.add_argument("--vocab_size", type=COUNT, default=1000, help="tokens, at most")
+    parser.add_argument(
+        "--max_length", type=Number(int, 2), default=64, help="tokens of a prompt; longer ones are cut"
+    )
     parser.add_argument("--config", help="JSON file with arguments of T5Config that differ from the default's")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=INDEX, default=0, help="of the random weights")
     args = parser.parse_args(argv)
     if args.vocab_size < 100:
         parser.error(f"--vocab_size has to be at least 100, since every character is a token, not {args.vocab_size}")
-    if args.max_length < 2:
-        parser.error(f"--max_length has to be at least 2, not {args.max_length}")
+    check_numbers(parser, args)
     if Path(args.output_dir).exists():
         parser.error(f"--output_dir {args.output_dir} exists already")
     return args
@@ -88,13 +95,18 @@ def train_tokenizer(captions, vocab_size, max_length):
 
 def train(args):
     PartialState()  # accelerate's logger needs it
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     columns = {"caption_column": args.caption_column} if args.caption_column else {}
     captions = [
         caption
         for manifest in args.train_manifest
         for clip in read_manifest(manifest, **columns)
         for caption in clip.captions
+        if caption.strip()
     ]
+    if not captions:
+        raise ValueError(f"`--train_manifest`: no caption in {', '.join(args.train_manifest)}")
     tokenizer = train_tokenizer(captions, args.vocab_size, args.max_length)
     config = TEXT_ENCODER_CONFIG | (json.loads(Path(args.config).read_text()) if args.config else {})
     torch.manual_seed(args.seed)
@@ -103,7 +115,7 @@ def train(args):
         tokenizer.save_pretrained(folder)
         text_encoder.save_pretrained(folder)
     num_tokens = sum(len(ids) for ids in tokenizer(captions).input_ids) / len(captions)
-    print(
+    logger.info(
         f"{len(tokenizer)} tokens from {len(set(captions))} captions, {num_tokens:.1f} a caption; an encoder of "
         f"{text_encoder.num_parameters():,} random parameters: {args.output_dir}"
     )

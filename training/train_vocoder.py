@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from pipeline_tango import log_mel_spectrogram
+from pipeline_tango.flags import COUNT, FRACTION, INDEX, NOT_NEGATIVE
 from pipeline_tango.mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
 
 from .arguments import (
@@ -46,7 +47,7 @@ from .arguments import (
 from .batches import keyed_generator, shared_indices, step_loader
 from .data import is_silent, normalise, prepare_clips, read_waveform
 from .latents import draw_latents, vae_factor
-from .model_card import write_card
+from .model_card import base_model, write_card
 from .noise_vocoder import initialise
 from .objective import reconstruction_error, sample_noise
 from .run import (
@@ -107,11 +108,11 @@ def parse_args(argv=None):
         "parameters)",
     )
     start.add_argument(
-        "--upsample_initial_channel", type=int, help="channels of the first layer, instead of a --config"
+        "--upsample_initial_channel", type=COUNT, help="channels of the first layer, instead of a --config"
     )
     start.add_argument(
         "--num_noise_channels",
-        type=int,
+        type=INDEX,
         default=96,
         help="input channels of white noise beside the mel bands; a pipeline with this vocoder needs the same number "
         "as its `num_noise_channels`. 0 gives a plain HiFi-GAN",
@@ -120,11 +121,14 @@ def parse_args(argv=None):
 
     data = add_data_arguments(parser, "all sounds are kept in memory: 230 MB an hour")
     data.add_argument("--caption_column", help="column of the caption, which must be there (default: by convention)")
-    data.add_argument("--num_workers", type=int, default=2, help="threads that read sounds at the start")
-    data.add_argument("--num_segment_frames", type=int, default=48, help="length of a segment, in frames of 10 ms")
+    data.add_argument("--num_workers", type=INDEX, default=2, help="threads that read sounds at the start")
+    data.add_argument("--num_segment_frames", type=COUNT, default=48, help="length of a segment, in frames of 10 ms")
     data.add_argument("--vae", help="folder of an AutoencoderKL whose reconstructions to train on")
     data.add_argument(
-        "--proportion_reconstructed", type=float, default=0.5, help="share of mel spectrograms that go through --vae"
+        "--proportion_reconstructed",
+        type=FRACTION,
+        default=0.5,
+        help="share of mel spectrograms that go through --vae",
     )
     data.add_argument(
         "--train_decoder",
@@ -134,36 +138,43 @@ def parse_args(argv=None):
     )
 
     objective = parser.add_argument_group("objective", "weights of the generator's losses, which are energy distances")
-    objective.add_argument("--spectrogram_weight", type=float, default=1.0, help="of magnitude and complex spectra")
     objective.add_argument(
-        "--adversarial_weight", type=float, default=0.0, help="of the hinge loss; 0 leaves the discriminators out"
+        "--spectrogram_weight", type=NOT_NEGATIVE, default=1.0, help="of magnitude and complex spectra"
     )
-    objective.add_argument("--mel_weight", type=float, default=0.0, help="of log-mel spectrograms")
-    objective.add_argument("--feature_weight", type=float, default=0.0, help="of the discriminators' features")
-    objective.add_argument("--decoder_weight", type=float, default=5.0, help="of the decoder's spectrograms")
+    objective.add_argument(
+        "--adversarial_weight",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        help="of the hinge loss; 0 leaves the discriminators out",
+    )
+    objective.add_argument("--mel_weight", type=NOT_NEGATIVE, default=0.0, help="of log-mel spectrograms")
+    objective.add_argument("--feature_weight", type=NOT_NEGATIVE, default=0.0, help="of the discriminators' features")
+    objective.add_argument("--decoder_weight", type=NOT_NEGATIVE, default=5.0, help="of the decoder's spectrograms")
     add_pool_argument(objective)
     objective.add_argument(
         "--stft_windows",
-        type=int,
+        type=COUNT,
         nargs="+",
         default=[2048, 512, 128],
         help="a spectrogram discriminator for each, in samples",
     )
     objective.add_argument(
-        "--periods", type=int, nargs="*", default=[], help="a period discriminator for each; 2 3 5 7 11 are usual"
+        "--periods", type=COUNT, nargs="*", default=[], help="a period discriminator for each; 2 3 5 7 11 are usual"
     )
-    objective.add_argument("--discriminator_channels", type=int, default=16, help="channels of their first layer")
+    objective.add_argument("--discriminator_channels", type=COUNT, default=16, help="channels of their first layer")
 
     steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--train_batch_size", type=int, default=8, help="segments per process and step")
-    steps.add_argument("--max_train_steps", type=int, default=100000, help="length of the run")
+    steps.add_argument("--train_batch_size", type=COUNT, default=8, help="segments per process and step")
+    steps.add_argument("--max_train_steps", type=COUNT, default=100000, help="length of the run")
     add_schedule_arguments(steps)
-    steps.add_argument("--discriminator_learning_rate", type=float, default=2e-4, help="at 5e-4 they win too early")
     steps.add_argument(
-        "--ema_decay", type=float, default=0.999, help="decay of the moving average, which is what is saved"
+        "--discriminator_learning_rate", type=NOT_NEGATIVE, default=2e-4, help="at 5e-4 they win too early"
+    )
+    steps.add_argument(
+        "--ema_decay", type=FRACTION, default=0.999, help="decay of the moving average, which is what is saved"
     )
     steps.add_argument("--mixed_precision", choices=("no", "bf16"), help="autocast (default: accelerate's setting)")
-    steps.add_argument("--profile_steps", type=int, help="profile so many steps and log the table")
+    steps.add_argument("--profile_steps", type=COUNT, help="profile so many steps and log the table")
     parser.set_defaults(learning_rate=1e-4, lr_scheduler="cosine", adam_beta1=0.8, adam_beta2=0.99)
     parser.set_defaults(adam_weight_decay=0.0, max_grad_norm=10.0, gradient_accumulation_steps=1)
 
@@ -171,32 +182,17 @@ def parse_args(argv=None):
     parser.set_defaults(checkpointing_steps=1000)
 
     validation = parser.add_argument_group("validation")
-    validation.add_argument("--validation_steps", type=int, default=1000, help="steps between copy syntheses")
-    validation.add_argument("--num_validation_sounds", type=int, default=4, help="copy syntheses kept as WAV and PNG")
+    validation.add_argument("--validation_steps", type=COUNT, default=1000, help="steps between copy syntheses")
+    validation.add_argument(
+        "--num_validation_sounds", type=INDEX, default=4, help="copy syntheses kept as WAV and PNG"
+    )
 
     add_report_arguments(parser)
 
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path and (args.config or args.upsample_initial_channel):
         parser.error("--pretrained_model_name_or_path has its config: leave out --config, --upsample_initial_channel")
-    check_arguments(
-        parser,
-        args,
-        "upsample_initial_channel",
-        "max_train_samples",
-        "discriminator_channels",
-        "pool_frames",
-        "train_batch_size",
-        "max_train_steps",
-        "profile_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "validation_steps",
-    )
-    if not 0 <= args.proportion_reconstructed <= 1:
-        parser.error(f"--proportion_reconstructed has to be between 0 and 1, not {args.proportion_reconstructed}")
-    if args.num_noise_channels < 0:
-        parser.error(f"--num_noise_channels has to be at least 0, not {args.num_noise_channels}")
+    check_arguments(parser, args)
     if not any((args.adversarial_weight, args.spectrogram_weight, args.mel_weight)):
         parser.error("--adversarial_weight, --spectrogram_weight and --mel_weight are all 0: nothing would train")
     if args.train_decoder and not args.vae:
@@ -475,7 +471,8 @@ def save_result(args, vocoder, vae, summary):
         write_card(
             folder,
             args,
-            {"library_name": "transformers", "pipeline_tag": "audio-to-audio", "tags": ["vocoder", "hifigan"]},
+            {"library_name": "transformers", "pipeline_tag": "audio-to-audio", "tags": ["vocoder", "hifigan"]}
+            | base_model(args.pretrained_model_name_or_path),
             "A vocoder for 64-bin log-mel spectrograms at 16 kHz, trained with `training.train_vocoder` of "
             "pipeline-tango.",
             "from transformers import SpeechT5HifiGan\n\n"
@@ -485,6 +482,15 @@ def save_result(args, vocoder, vae, summary):
     if args.train_decoder:
         with replacing(Path(args.output_dir) / "vae") as folder:
             vae.save_pretrained(folder)
+            write_card(
+                folder,
+                args,
+                {"library_name": "diffusers", "tags": ["tango", "vae"], **base_model(args.vae)},
+                "VAE of log-mel spectrograms, whose decoder was trained together with a vocoder by "
+                "`training.train_vocoder` of pipeline-tango.",
+                'from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("THIS_FOLDER_OR_REPO")',
+                summary,
+            )
 
 
 # Training
@@ -586,7 +592,8 @@ def train(args):
     settings = {name: getattr(args, name) for name in names}
     settings |= {"num_clips": len(train_clips), "num_processes": accelerator.num_processes}
     first_step = load_checkpoint(accelerator, output_dir, args.resume_from_checkpoint, settings)
-    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango")
+    results = ("model", "vae") if args.train_decoder else ("model",)
+    log = open_log(accelerator, output_dir, args, first_step, "pipeline-tango", results)
     loader = step_loader(
         dataset, accelerator, range(first_step, num_steps), seed=args.seed, batch_size=args.train_batch_size
     )

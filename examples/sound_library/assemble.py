@@ -20,7 +20,7 @@ import torch
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
-from pipeline_tango.sound_files import write_atomically
+from pipeline_tango.sound_files import beside, remove_leftovers, write_atomically
 
 
 HERE = Path(__file__).parent
@@ -164,8 +164,9 @@ def main(argv=None):
     }.items():
         card = card.replace("{" + name + "}", text)
 
-    partial = args.output.with_name(f".{args.output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    for suffix in ("partial", "earlier"):
+        remove_leftovers([args.output], suffix)
+    partial = beside(args.output, "partial")
     pipe.to(torch.float16).save_pretrained(partial)
     (partial / "pipeline.py").unlink()  # the package contains the code
     for path in (partial / "model_index.json", *partial.glob("*/config.json")):
@@ -177,9 +178,8 @@ def main(argv=None):
     for picture in args.pictures:
         shutil.copy(picture, partial)
     write_atomically(partial / "README.md", card.encode())
-    earlier = args.output.with_name(f".{args.output.name}.earlier")
+    earlier = beside(args.output, "earlier")
     if args.output.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
         args.output.rename(earlier)
     partial.rename(args.output)
     shutil.rmtree(earlier, ignore_errors=True)

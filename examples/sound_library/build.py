@@ -306,6 +306,7 @@ def build(rows, output, packages):
 
 def write_manifests(rows, output):
     """Write `train.jsonl` and `heldout.jsonl` for the sounds that exist in `output`, and the credits."""
+    write_atomically(output / "manifest.csv", MANIFEST.read_bytes())
     for split in ("train", "heldout"):
         lines = [
             json.dumps({"location": row["file"], "captions": widen(row["caption"], row["category"])}) + "\n"
@@ -313,7 +314,6 @@ def write_manifests(rows, output):
             if row["split"] == split and (output / row["file"]).exists()
         ]
         write_atomically(output / f"{split}.jsonl", "".join(lines).encode())
-    write_atomically(output / "manifest.csv", MANIFEST.read_bytes())
 
 
 def main():
@@ -329,6 +329,9 @@ def main():
         parser.error("dpkg-deb is needed to read packages; it comes with Debian and as `dpkg` with other systems")
 
     rows = read_manifest()
+    lists = [args.output / "train.jsonl", args.output / "heldout.jsonl"]
+    if any(path.exists() for path in lists) and not (args.output / "manifest.csv").exists():
+        parser.error(f"{args.output} holds lists of other sounds: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         faults = build(rows, args.output, args.packages)

@@ -64,6 +64,8 @@ def main(argv=None):
     except (ValueError, OSError, soundfile.LibsndfileError) as error:
         raise SystemExit(f"error: {error}") from None
 
+    if (args.output / "data.jsonl").exists():  # written last: an interrupted run has left none
+        parser.error(f"{args.output / 'data.jsonl'} is there already: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
         missing = [each for each in prompt["sequence"] if each not in recordings.indices]

@@ -6,9 +6,10 @@ therefore bitwise reproducible; another batch size changes sounds by float32 rou
 """
 
 import hashlib
+import inspect
 import json
-import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango.json_files import read_json
 from pipeline_tango.sound_files import encode_wav, write_atomically
+from pipeline_tango.sound_folder import locked
 
 from ..batches import keyed_generator
 from ..latents import fingerprint
@@ -40,49 +43,66 @@ class GenerationSettings:
     dtype: str = "float32"
 
 
+def load_configs(model):
+    """Configs of a model's pipeline and scheduler, without its weights.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return TangoPipeline.load_config(model), SCHEDULERS["ddpm"].load_config(model, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model: no pipeline in {model} ({str(error).splitlines()[0]:.200})") from error
+
+
+def own_values(model):
+    """Number of steps and guidance scale that a model's pipeline takes where nothing is said."""
+    index, _ = load_configs(model)
+    parameters = inspect.signature(TangoPipeline).parameters
+    names = ("default_num_inference_steps", "default_guidance_scale")
+    return tuple(index.get(name, parameters[name].default) for name in names)  # a repo may be older than the names
+
+
 def plan_sweep(models, schedulers, num_inference_steps, guidance_scales, folder):
     """A system for each combination of model, scheduler, number of steps and guidance scale.
 
     Args:
         models (`dict[str, str]`): folders or Hub repos by short name.
+        num_inference_steps (`list[int]`, *optional*): by default each model's own.
+        guidance_scales (`list[float]`, *optional*): by default each model's own.
         folder (`Path`): holds a subfolder of sounds for each system.
     """
     systems = []
     for name, model in models.items():
+        own_steps, own_guidance = own_values(model)
         for scheduler in schedulers:
-            for steps in num_inference_steps:
-                for guidance in guidance_scales:
+            for steps in num_inference_steps or [own_steps]:
+                for guidance in guidance_scales or [own_guidance]:
                     label = f"{name}-{scheduler}-{steps}-g{guidance:g}"
                     systems.append(System(label, model, scheduler, steps, guidance, folder / label))
     return systems
 
 
-def check_schedulers(models, schedulers, num_inference_steps):
-    """Check that every scheduler accepts every number of steps. Only the models' configs are loaded.
+def check_schedulers(systems):
+    """Check that the scheduler of every system of `plan_sweep` accepts its number of steps.
 
     Raises:
         ValueError: naming the argument.
     """
-    for model in models:
-        try:
-            index = TangoPipeline.load_config(model)
-            config = SCHEDULERS["ddpm"].load_config(model, subfolder="scheduler")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model: no pipeline in {model} ({str(error).splitlines()[0]:.200})") from error
+    for model, name, steps in dict.fromkeys((each.model, *each.settings[:2]) for each in systems):
+        index, config = load_configs(model)
         own = [each for each in SCHEDULERS.values() if each.__name__ == index["scheduler"][1]]
-        if "own" in schedulers and not own:
+        if name == "own" and not own:
             raise ValueError(f"--scheduler: {model} has {index['scheduler'][1]}; name one of {', '.join(SCHEDULERS)}")
-        for name in schedulers:
-            scheduler = (own[0] if name == "own" else SCHEDULERS[name]).from_config(config)
-            for steps in num_inference_steps:
-                try:
-                    scheduler.set_timesteps(steps)
-                    if float(scheduler.timesteps.max()) > scheduler.config.num_train_timesteps - 1:
-                        raise ValueError("it would start beyond the last timestep of training")
-                except (ValueError, IndexError) as error:
-                    raise ValueError(
-                        f"--num_inference_steps: {steps} is not supported by the scheduler {name} ({error})"
-                    ) from None
+        scheduler = (own[0] if name == "own" else SCHEDULERS[name]).from_config(config)
+        try:
+            scheduler.set_timesteps(steps)
+            if float(scheduler.timesteps.max()) > scheduler.config.num_train_timesteps - 1:
+                raise ValueError("it would start beyond the last timestep of training")
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"--num_inference_steps: {steps} is not supported by the scheduler {name} ({error})"
+            ) from None
 
 
 def generate(systems, prompts, settings, state, device):
@@ -95,51 +115,67 @@ def generate(systems, prompts, settings, state, device):
         systems (`list[System]`): those of `plan_sweep`.
         state (`accelerate.PartialState`): the processes.
     """
-    missing = {system.name: find_missing(system, prompts, settings) for system in systems}
-    state.wait_for_everyone()  # every process has looked before one writes
-    for model in dict.fromkeys(system.model for system in systems):
-        pipe = None
-        for system in [system for system in systems if system.model == model]:
-            if state.is_main_process:
-                start_manifest(system)
-            state.wait_for_everyone()
-            batches = missing[system.name][state.process_index :: state.num_processes]
-            if not batches:
-                continue
-            if pipe is None:
-                dtype = {"default": torch.float32, "unet": getattr(torch, settings.dtype)}
-                pipe = TangoPipeline.from_pretrained(model, dtype=dtype).to(device)
-                pipe.set_progress_bar_config(disable=True)
-                own_scheduler = pipe.scheduler
-                weights = [fingerprint(each) for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.vocoder)]
-                weights = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-            check_settings(system, settings, weights)
-            scheduler_class = type(own_scheduler) if system.scheduler == "own" else SCHEDULERS[system.scheduler]
-            pipe.scheduler = scheduler_class.from_config(own_scheduler.config)
-            generate_sounds(pipe, system, batches, settings, show_progress=state.is_main_process)
-    state.wait_for_everyone()
+    if not systems:
+        return
+    # a second run that knows nothing of this one would lose lines of the manifests
+    with locked(systems[0].folder.parent) if state.is_main_process else nullcontext():
+        missing = {system.name: find_missing(system, prompts, settings) for system in systems}
+        state.wait_for_everyone()  # every process has looked before one writes
+        for model in dict.fromkeys(system.model for system in systems):
+            pipe = None
+            for system in [system for system in systems if system.model == model]:
+                if state.is_main_process:
+                    start_manifest(system)
+                state.wait_for_everyone()
+                batches = missing[system.name][state.process_index :: state.num_processes]
+                if not batches:
+                    continue
+                if pipe is None:
+                    dtype = {"default": torch.float32, "unet": getattr(torch, settings.dtype)}
+                    pipe = TangoPipeline.from_pretrained(model, dtype=dtype).to(device)
+                    pipe.set_progress_bar_config(disable=True)
+                    own_scheduler = pipe.scheduler
+                    weights = [fingerprint(each) for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.vocoder)]
+                    weights = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+                check_settings(system, settings, weights)
+                scheduler_class = type(own_scheduler) if system.scheduler == "own" else SCHEDULERS[system.scheduler]
+                pipe.scheduler = scheduler_class.from_config(own_scheduler.config)
+                generate_sounds(pipe, system, batches, settings, show_progress=state.is_main_process)
+        state.wait_for_everyone()
 
 
 def file_name(prompt, take):
     return f"{prompt.id}-{take}.wav"
 
 
+def own_records(system):
+    """Records of the sounds that this module generated. What lacks a field was written by somebody else."""
+    records = read_records(system.folder / "manifest.jsonl")
+    return {name: record for name, record in records.items() if {"prompt", "compute_in_s", "device"} <= record.keys()}
+
+
 def find_missing(system, prompts, settings):
     """Batches `[(prompt, take), ...]` with at least one missing sound."""
-    records = read_records(system.folder / "manifest.jsonl")
+    records = own_records(system)
     batches = []
     for take in range(1, settings.num_takes + 1):
         for first in range(0, len(prompts), settings.batch_size):
             batch = [(prompt, take) for prompt in prompts[first : first + settings.batch_size]]
             for prompt, _ in batch:
                 record = records.get(file_name(prompt, take))
+                path = system.folder / file_name(prompt, take)
+                # an interrupted run leaves sounds without a record, but then it has left its settings too
+                if record is None and path.exists() and not (system.folder / "settings.json").exists():
+                    raise ValueError(
+                        f"--output_dir: {path} is there already and was not made by this command: give another folder"
+                    )
                 if record and record["prompt"] != prompt.text:
                     raise ValueError(
-                        f"--output_dir: {system.folder / file_name(prompt, take)} was made for {record['prompt']!r}, "
+                        f"--output_dir: {path} was made for {record['prompt']!r}, "
                         f"not {prompt.text!r}: give another folder"
                     )
             names = [file_name(*each) for each in batch]
-            if not all(name in records and (system.folder / name).exists() for name in names):
+            if not all(name in records and (system.folder / name).is_file() for name in names):
                 batches.append(batch)
     return batches
 
@@ -167,10 +203,13 @@ def check_settings(system, settings, weights):
     path = system.folder / "settings.json"
     if not path.exists():
         # every process may write it: the same content
-        part = path.with_name(f".settings.{os.getpid()}.part")
-        part.write_text(json.dumps(current, indent=2) + "\n")
-        os.replace(part, path)
-    before = json.loads(path.read_text())
+        write_atomically(path, (json.dumps(current, indent=2) + "\n").encode())
+    try:
+        before = read_json(path)
+    except ValueError as error:
+        raise ValueError(
+            f"--output_dir: {error}, so that nothing says how the sounds beside it were made: give another folder"
+        ) from None
     for name, value in current.items():
         if before.get(name) != value:
             raise ValueError(
@@ -210,7 +249,7 @@ def generate_sounds(pipe, system, batches, settings, show_progress=True):
 
 def collect_sounds(system, prompts, num_takes):
     """Set the sounds, compute time and devices of a generated system."""
-    records = read_records(system.folder / "manifest.jsonl")
+    records = own_records(system)
     wanted = [(prompt, take) for prompt in prompts for take in range(1, num_takes + 1)]
     system.sounds = [
         Item(prompt.id, prompt.text, str(system.folder / file_name(prompt, take)), prompt.columns, take)

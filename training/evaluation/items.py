@@ -107,9 +107,10 @@ def read_items(source, argument, *, with_text=False, with_path=False):
         try:
             text = location = None
             if with_text or any(name in record for name in CAPTION_COLUMNS):
-                text = as_captions(record[find_column(record, None, CAPTION_COLUMNS)])[0]
-                if not text.strip():
+                texts = as_captions(record[find_column(record, None, CAPTION_COLUMNS)])
+                if not texts or not texts[0].strip():
                     raise ValueError("the caption is empty")
+                text = texts[0]
             if with_path or any(name in record for name in AUDIO_COLUMNS):
                 location = record[find_column(record, None, AUDIO_COLUMNS)]
                 if not isinstance(location, str) or not location.strip():
@@ -121,7 +122,7 @@ def read_items(source, argument, *, with_text=False, with_path=False):
                 id = Path(location).stem if location else f"{number:05d}"
             if not id or "/" in id or "\\" in id or "\0" in id or id.startswith(".") or len(id) > 200:
                 raise ValueError(f"the id must be valid in a file name, got {id!r:.80}")
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"--{argument}: {path}, line {number}: {error}") from None
         items.append(Item(id, text, location and os.path.join(path.parent, location), record))
     return check_ids(items, argument, source)
@@ -134,7 +135,7 @@ def find_manifest(folder):
 
 
 def sound_files(folder):
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SOUND_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SOUND_SUFFIXES and path.is_file())
 
 
 def check_ids(items, argument, source):
@@ -179,7 +180,7 @@ def read_records(path):
         for line in path.read_text("utf-8", "replace").splitlines():
             try:
                 record = json.loads(line)
-                records[record["file"]] = record
+                records[str(record["file"])] = dict(record)
             except (ValueError, KeyError, TypeError):
                 continue
     return records
@@ -225,7 +226,8 @@ def find_readable(items, what, problems, keep_silent=False):
     """Items whose sound can be decoded. The others are added to `problems`.
 
     Args:
-        keep_silent (`bool`): keep silent sounds too, which are a result when generated; they are still reported.
+        keep_silent (`bool`): keep sounds that are silent in mono too, which are a result when generated; they are
+            still reported.
     """
     clips = [Clip(item.path, ("any",)) for item in items]
     _, faults = inspect_clips(clips, num_workers=os.cpu_count())
@@ -236,7 +238,7 @@ def find_readable(items, what, problems, keep_silent=False):
         if fault is not None:
             reason = f"{fault.reason} ({fault.detail})" if fault.detail else fault.reason
             problems.append({"what": what, "path": item.path, "reason": reason})
-        if fault is None or (keep_silent and fault.reason == "silent"):
+        if fault is None or (keep_silent and fault.reason in ("silent", "channels cancel")):
             good.append(item)
     return good
 

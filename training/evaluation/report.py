@@ -91,18 +91,26 @@ def as_csv(rows):
     return text.getvalue()
 
 
-def describe_run(tables, systems, extractor, settings, *, prompts, references, batch_size, num_problems):
+def describe_run(
+    tables, systems, extractor, settings, *, prompts, references, batch_size, num_problems, own_values=()
+):
     """The settings that the figures were computed with, as a list in Markdown.
 
     Args:
         extractor (`FeatureExtractor`), settings (`MetricSettings`): as the figures were computed with.
         prompts, references (`str`, *optional*): where the lists come from.
         batch_size (`int`): of the generation.
+        own_values (`list[str]`, *optional*): of `num_inference_steps` and `guidance_scale`, those that were each
+            model's own.
     """
     counts = ", ".join(f"{system.name} {len(system.sounds)}" for system in systems[:8])
     more = f" and {len(systems) - 8} more" if len(systems) > 8 else ""
     lines = [f"- Sounds: {counts}{more}."]
     lines += [f"- Prompts: {prompts or 'none'}. References: {references or 'none'}."]
+    generated = [system for system in systems if system.scheduler and own_values]
+    if own := {system.model: [f"{name} {getattr(system, name):g}" for name in own_values] for system in generated}:
+        told = "; ".join(f"{model} {', '.join(values)}" for model, values in own.items())
+        lines += [f"- Not asked for, so the models' own: {told}."]
     for name, listener in extractor.listeners.items():
         lines += [f"- `{name}`: weights {Path(listener.weights).name}, sha256 `{listener.checksum[:16]}`."]
     level = "scaled to the same peak" if extractor.level == "peak" else "at its own level"
