@@ -97,4 +97,5 @@ def test_the_checkpoint_is_small_and_its_card_says_where_it_comes_from():
     card = (Path(TANGO_TINY) / "README.md").read_text()
     assert "cc-by-sa-4.0" in card and "None yet." not in card
     with open(ROOT / "examples" / "sound_library" / "manifest.csv", newline="", encoding="utf-8") as file:
-        assert all(row["author"] in card for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))[:574]  # the first edition, which these weights are trained on
+    assert all(row["author"] in card for row in rows)
