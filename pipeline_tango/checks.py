@@ -128,6 +128,9 @@ def warms_up_by_runge_kutta(scheduler):
 def check_schedule(schedule, num_channels):
     """A [`Schedule`] can run, which is known once its scheduler is set up, for latents of `num_channels`."""
     scheduler = schedule.scheduler
+    if len(scheduler.timesteps) == 0:  # Euler after a single sigma of 0
+        ((name, value),) = schedule.given.items()
+        raise ValueError(f"`{name}` of {value!r} leaves {type(scheduler).__name__} no step to take.")
     last, start = scheduler.config.num_train_timesteps - 1, scheduler.timesteps.max()
     if start > last:
         # for example 1000 steps with "leading" spacing and an offset of 1, where the original fails midway

@@ -272,3 +272,9 @@ def test_strength_is_a_fraction_of_the_steps_that_are_given(call, guarded_pipe):
     assert np.isfinite(call(timesteps=[900, 600, 300, 100], **options)).all()
     with pytest.raises(ValueError, match="`strength` 0.5 leaves none of the 1 steps"):
         call(pipe=guarded_pipe, timesteps=[500], **options | {"num_inference_steps": 50})
+
+
+def test_sigmas_that_leave_no_step_are_refused(guarded_pipe):
+    guarded_pipe.scheduler = SCHEDULERS["euler"].from_config(guarded_pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"`sigmas` of \[0.0\] leaves EulerDiscreteScheduler no step to take"):
+        guarded_pipe("rain", sigmas=[0.0], audio_length_in_s=0.3)
