@@ -122,6 +122,8 @@ def test_own_values_of_each_model_are_swept_and_older_models_have_tangos(tmp_pat
     models = {name: str(tmp_path / name) for name in ("old", "new")}
     names = [system.name for system in plan_sweep(models, ["own"], None, None, tmp_path)]
     assert names == ["old-own-100-g3", "new-own-20-g4"]
+    names = [system.name for system in plan_sweep(models, ["lcm"], None, None, tmp_path)]
+    assert names == ["old-lcm-50-g3", "new-lcm-20-g4"]  # as many as it can take
     names = [system.name for system in plan_sweep(models, ["own"], [4, 8], None, tmp_path)]
     assert names == ["old-own-4-g3", "old-own-8-g3", "new-own-4-g4", "new-own-8-g4"]
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.json_files import read_json
+from pipeline_tango.presets import most_steps
 from pipeline_tango.sound_files import encode_wav, write_atomically
 from pipeline_tango.sound_folder import locked
 
@@ -68,7 +69,7 @@ def plan_sweep(models, schedulers, num_inference_steps, guidance_scales, folder)
 
     Args:
         models (`dict[str, str]`): folders or Hub repos by short name.
-        num_inference_steps (`list[int]`, *optional*): by default each model's own.
+        num_inference_steps (`list[int]`, *optional*): by default each model's own, or as many as the scheduler can take.
         guidance_scales (`list[float]`, *optional*): by default each model's own.
         folder (`Path`): holds a subfolder of sounds for each system.
     """
@@ -76,7 +77,8 @@ def plan_sweep(models, schedulers, num_inference_steps, guidance_scales, folder)
     for name, model in models.items():
         own_steps, own_guidance = own_values(model)
         for scheduler in schedulers:
-            for steps in num_inference_steps or [own_steps]:
+            limit = own_steps if scheduler == "own" else most_steps(model, SCHEDULERS[scheduler].__name__)
+            for steps in num_inference_steps or [min(own_steps, limit)]:
                 for guidance in guidance_scales or [own_guidance]:
                     label = f"{name}-{scheduler}-{steps}-g{guidance:g}"
                     systems.append(System(label, model, scheduler, steps, guidance, folder / label))
