@@ -7,12 +7,12 @@ import importlib
 import re
 from pathlib import Path
 
-import diffusers
-import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 
 from .json_files import check_file, read_json
+
+
+# Importing torch, diffusers and transformers takes seconds: done inside functions, since publishing answers without.
 
 
 CONFIGS = {
@@ -144,6 +144,8 @@ def choose_files(folder, variant, names=tuple(WEIGHTS), suffixes=WEIGHT_SUFFIXES
 
 def read_header(path):
     """Name -> (type, shape) of the tensors of a weight file; a ValueError if the file is not complete."""
+    import torch
+
     check_file(path)
     if path.suffix != ".safetensors":
         try:
@@ -167,6 +169,9 @@ def read_shapes(paths):
 def build_model(model_class, config, origin):
     """A model without weights, on the meta device, of a class of diffusers or transformers. `origin` of the config is
     for the message of a ValueError."""
+    import diffusers
+    import torch
+
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     try:
         with torch.device("meta"):
@@ -181,6 +186,8 @@ def build_model(model_class, config, origin):
 
 def misfits(shapes, model):
     """What is wrong with a `dict` of name -> shape of tensors as the weights of a model: "" if nothing is."""
+    import diffusers
+
     state = model.state_dict(keep_vars=True)
     if not state.keys() >= shapes.keys() and isinstance(model, diffusers.ModelMixin):
         shapes = dict(shapes)  # with the names that attention layers had until diffusers 0.13 replaced
@@ -328,6 +335,9 @@ def check_savable(components):
     Raises:
         ValueError: naming the component that has adapters, offloaded weights or other tensors than its class.
     """
+    import diffusers
+    import transformers
+
     for component in WEIGHTS:
         model = getattr(components.get(component), "_orig_mod", components.get(component))
         if not isinstance(model, (diffusers.ModelMixin, transformers.PreTrainedModel)):

@@ -456,10 +456,10 @@ def test_the_command_loads_it(run, hub, tmp_path):
 def test_tango_cache_lists_and_removes(run, kept):
     run("load(dtype=torch.bfloat16)")
     listing = run("converted.main(['--cache_dir', CACHE])")["output"]
-    assert re.search(r"alice/original  \w{7}  bfloat16  1.9 MB  /", listing) and "1 in " in listing
+    assert re.search(r"alice/original  \w{7}  bfloat16  2.0 MB  /", listing) and "1 in " in listing
     answer = run("assert converted.main(['--cache_dir', CACHE, '--remove', 'alice/other']) == 1")
     assert "error: nothing is kept of alice/other" in answer["log"]
-    assert "removed 1.9 MB" in run("converted.main(['--cache_dir', CACHE, '--remove', 'alice/original'])")["output"]
+    assert "removed 2.0 MB" in run("converted.main(['--cache_dir', CACHE, '--remove', 'alice/original'])")["output"]
     assert not kept.exists()
 
 

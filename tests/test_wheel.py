@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,8 +259,8 @@ def test_an_editable_install_has_every_command(tmp_path):
     (tmp_path / "empty").mkdir()
     script = "import importlib.util, sys\nfor name in sys.argv[1:]: print(importlib.util.find_spec(name).origin)"
     origins = check([bin / "python", "-c", script, *COMMANDS.values()], tmp_path / "empty").splitlines()
-    modules = [module.removeprefix("pipeline_tango.").replace(".", "/") for module in COMMANDS.values()]
-    modules = ["pipeline_tango/__main__" if module == "__main__" else module for module in modules]
+    modules = [re.sub(r"^pipeline_tango\.(?=convert\.|training\.)", "", module) for module in COMMANDS.values()]
+    modules = [module.replace(".", "/") for module in modules]
     assert origins == [str(tmp_path / "source" / f"{module}.py") for module in modules]
     assert {path.name for path in bin.iterdir()} >= COMMANDS.keys()
     assert check([bin / "tango-convert", "--help"], tmp_path / "empty").startswith("usage: tango-convert ")

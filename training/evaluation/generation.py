@@ -69,7 +69,7 @@ def plan_sweep(models, schedulers, num_inference_steps, guidance_scales, folder)
 
     Args:
         models (`dict[str, str]`): folders or Hub repos by short name.
-        num_inference_steps (`list[int]`, *optional*): by default each model's own, at most what the scheduler can take.
+        num_inference_steps (`list[int]`, *optional*): by default each model's own, or the scheduler's most.
         guidance_scales (`list[float]`, *optional*): by default each model's own.
         folder (`Path`): holds a subfolder of sounds for each system.
     """
