@@ -218,6 +218,7 @@ def test_components_load_without_a_converted_folder(original_checkpoint, convert
             values = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
             assert values.items() <= component.config.items()
         else:
+            component.to(dtype or torch.float32)  # transformers 5.0 keeps some of T5 in float32
             assert equal(dict(loaded.state_dict()), dict(component.state_dict())), name
             assert loaded.training is False
 
