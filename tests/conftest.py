@@ -14,6 +14,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from checkpoints import write_full_size  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from evaluation_runs import write_recordings  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -255,6 +256,15 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tango"
     TangoPipeline(**build_components()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def full_size_checkpoint(original_checkpoint, tmp_path_factory):
+    """A checkpoint of the released size, with random weights, in the original's layout: 5 GB."""
+    folder = tmp_path_factory.mktemp("full") / "tango"
+    write_full_size(original_checkpoint, folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

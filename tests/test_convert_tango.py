@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit, equal, fails, fingerprint, load, weights, write_full_size
+from checkpoints import edit, equal, fails, fingerprint, load, weights
 from diffusers import AutoencoderKL, DDPMScheduler
 from hub import File, Hub, Repo
 from hypothesis import HealthCheck, given, settings
@@ -357,13 +357,6 @@ def test_peak_memory_at_full_size(full_size_checkpoint, tmp_path, dtype, limit_i
     result = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     assert int(result.stdout) / 2**20 < limit_in_gib
     shutil.rmtree(tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def full_size_checkpoint(original_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("full") / "tango"
-    write_full_size(original_checkpoint, folder)
-    return folder
 
 
 def test_tensors_that_share_memory_in_the_source_do_not_in_the_result(source, converted, tmp_path):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import weights, write_full_size
+from checkpoints import weights
 from hub import File, Hub, Repo, start
 
 from pipeline_tango.single_file import single_file
@@ -480,14 +480,6 @@ def test_without_the_package_two_ways_are_told(hub, original_checkpoint, tmp_pat
 
 
 # A checkpoint of the released size: TANGO_FULL_SIZE=1 and 15 GB of disk
-
-
-@pytest.fixture(scope="module")
-def full_size_checkpoint(original_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("full") / "tango"
-    write_full_size(original_checkpoint, folder)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.mark.skipif("TANGO_FULL_SIZE" not in os.environ, reason="minutes and 15 GB of disk: set TANGO_FULL_SIZE=1")

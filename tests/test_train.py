@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
-from conftest import build_components
 from hub import Hub
 from safetensors.torch import load_file
 
@@ -23,13 +22,6 @@ from training.train import main
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tango"
-    TangoPipeline(**build_components(), default_audio_length_in_s=0.32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +40,11 @@ def sounds(tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(model_folder, sounds):
+def arguments(short_folder, sounds):
     def build(output_dir, *more):
         return [
             "--pretrained_model_name_or_path",
-            str(model_folder),
+            str(short_folder),
             "--train_manifest",
             str(sounds),
             "--output_dir",
@@ -98,7 +90,7 @@ def run(arguments, **environment):
 # What a run leaves
 
 
-def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, model_folder, tmp_path):
+def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, short_folder, tmp_path):
     flags = ("--max_train_steps=3", "--validation_manifest", sounds, "--validation_prompts", "rain", "thunder")
     flags += ("--num_validation_timesteps=2", "--num_validation_inference_steps=2", "--validation_steps=2")
     assert main(arguments(tmp_path, *flags, "--checkpoints_total_limit=1")) == 0
@@ -121,15 +113,15 @@ def test_two_steps_leave_a_pipeline_a_log_and_checkpoints(arguments, sounds, mod
     assert "best validation loss" in card and "--learning_rate 0.001" in card and "[thunder](samples/2.wav)" in card
     assert (tmp_path / "model" / "samples" / "2.wav").exists()
     assert len((tmp_path / "log.txt").read_text().splitlines()) == len(log)
-    before = weights(model_folder, "unet/diffusion_pytorch_model.safetensors")
+    before = weights(short_folder, "unet/diffusion_pytorch_model.safetensors")
     after = weights(tmp_path)
     assert all((after[name] - before[name]).abs().max() > 0 for name in ("conv_in.weight", "conv_out.weight"))
     for frozen in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert_same_weights(weights(tmp_path / "model", frozen), weights(model_folder, frozen))
+        assert_same_weights(weights(tmp_path / "model", frozen), weights(short_folder, frozen))
 
 
-def test_a_pipeline_keeps_its_own_scheduler(arguments, model_folder, tmp_path):
-    pipe = TangoPipeline.from_pretrained(model_folder)
+def test_a_pipeline_keeps_its_own_scheduler(arguments, short_folder, tmp_path):
+    pipe = TangoPipeline.from_pretrained(short_folder)
     pipe.scheduler = SCHEDULERS["dpm++"].from_config(pipe.scheduler.config, use_karras_sigmas=True)
     pipe.save_pretrained(tmp_path / "base")
     flags = ["--max_train_steps=1", f"--pretrained_model_name_or_path={tmp_path / 'base'}"]
@@ -337,11 +329,11 @@ def test_the_cache_gives_the_same_training_and_is_filled_once(arguments, tmp_pat
 # What trains
 
 
-def test_lora_trains_a_file_that_the_pipeline_loads(arguments, model_folder, tmp_path):
+def test_lora_trains_a_file_that_the_pipeline_loads(arguments, short_folder, tmp_path):
     for name, flags in (("lora", ()), ("dora", ("--use_dora",))):
         AcceleratorState._reset_state(reset_partial_state=True)
         assert main(arguments(tmp_path / name, "--max_train_steps=3", "--lora_rank=2", "--lora_alpha=4", *flags)) == 0
-        pipe = TangoPipeline.from_pretrained(model_folder)
+        pipe = TangoPipeline.from_pretrained(short_folder)
         plain = pipe("rain", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).audios
         pipe.load_lora_weights(tmp_path / name / "lora")
         [config] = pipe.unet.peft_config.values()
@@ -359,10 +351,10 @@ def test_the_moving_average_is_what_is_saved(arguments, tmp_path):
     assert (current["unet.conv_in.weight"] - saved["conv_in.weight"]).abs().max() > 1e-5
 
 
-def test_a_training_can_start_from_parts(model_folder, sounds, tmp_path):
+def test_a_training_can_start_from_parts(short_folder, sounds, tmp_path):
     config = tmp_path / "unet.json"
-    config.write_text((model_folder / "unet" / "config.json").read_text())
-    parts = [f"--{name}={model_folder}" for name in ("vae", "vocoder", "text_encoder")]
+    config.write_text((short_folder / "unet" / "config.json").read_text())
+    parts = [f"--{name}={short_folder}" for name in ("vae", "vocoder", "text_encoder")]
     flags = ["--train_manifest", str(sounds), "--output_dir", str(tmp_path / "out"), "--max_train_steps=1"]
     flags += ["--audio_length_in_s=0.32", "--train_batch_size=2", "--num_workers=0", "--rescale_betas_zero_snr"]
     assert main([f"--unet_config={config}", *parts, *flags]) == 0
@@ -395,7 +387,7 @@ def test_flags_run_and_give_finite_losses(arguments, tmp_path, flags):
         assert list((tmp_path / "logs").rglob("events.out*"))
 
 
-def test_the_result_is_pushed_with_its_card(arguments, model_folder, tmp_path):
+def test_the_result_is_pushed_with_its_card(arguments, short_folder, tmp_path):
     with Hub() as hub:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_alice", "HF_HOME": str(tmp_path / "home")}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
