@@ -1,7 +1,9 @@
 """The `tango` command: text-to-audio for one prompt or for a list of prompts, written as WAV files."""
 
 import argparse
+import atexit
 import csv
+import gc
 import io
 import json
 import logging
@@ -13,12 +15,13 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
+from .deferred_imports import deferred_imports
 from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings, most_steps
 from .sound_files import (
     AudioFileError,
@@ -661,14 +664,38 @@ def lock_folder(stack, state, folder):
         raise error
 
 
-def make_sounds(args):
-    """Generate the sounds that `args` describe, or this process's share of them."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-    from diffusers.utils.torch_utils import get_device
+@contextmanager
+def garbage_kept():
+    """Context in which garbage is not collected until the function that it gives is called: what is loaded until then
+    is no garbage, and collections, at exit too, would look through all of it several times."""
+    collects = gc.isenabled()
 
-    from . import SCHEDULERS
+    def loaded():
+        gc.freeze()
+        if collects:
+            gc.enable()
+
+    gc.disable()
+    try:
+        yield loaded
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
+
+
+def make_sounds(args, loaded=lambda: None):
+    """Generate the sounds that `args` describe, or this process's share of them. `loaded` is called before the first
+    one."""
+    with deferred_imports():
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+        from diffusers.utils.torch_utils import get_device
+
+        from . import SCHEDULERS
 
     # On CPUs, processes form a group only if told so. The timeout is long: the slowest process is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
@@ -728,6 +755,7 @@ def make_sounds(args):
             )
         todo = todo[state.process_index :: state.num_processes]
         pipe = load_pipeline(args, device, dtypes) if todo else None
+        loaded()
         compute_in_s = sound_in_s = 0.0
         for batch in split_into_batches(todo, args.batch_size):
             pipe.set_progress_bar_config(
@@ -788,7 +816,9 @@ def main(argv=None):
         with warnings.catch_warnings():  # hide warnings that are for developers of the libraries
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
-            make_sounds(parse_arguments(argv))
+            args = parse_arguments(argv)
+            with garbage_kept() as loaded:
+                make_sounds(args, loaded)
     except SystemExit as exit:  # --help and --version
         return exit.code
     except KeyboardInterrupt as interrupt:
