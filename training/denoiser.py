@@ -42,11 +42,19 @@ class Denoiser(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, noisy_latents, timesteps, text, attention_mask):
-        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains."""
+    def forward(self, noisy_latents, timesteps, text, attention_mask, timestep_cond=None):
+        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains.
+        `timestep_cond`: embedding of a guidance scale, for UNets that read one."""
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
-        return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            text,
+            timestep_cond=timestep_cond,
+            encoder_attention_mask=attention_mask,
+            return_dict=False,
+        )[0]
 
 
 def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
@@ -153,7 +161,8 @@ def build_optimizer(args, parameters):
 
 def log_memory(args, accelerator, pipe, parameters):
     """Log what trains and about how much memory it takes."""
-    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if args.train_text_encoder else "UNet"
+    trains_text = getattr(args, "train_text_encoder", False)
+    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if trains_text else "UNet"
     num_trained = sum(parameter.numel() for parameter in parameters)
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     num_bytes = sum(each.numel() * each.element_size() for model in models for each in model.parameters())
