@@ -88,6 +88,7 @@ from .prompts import TextTrack, describe_loss
 from .schedule import SCHEDULERS, Schedule, check_not_in_use, in_use  # noqa: F401
 from .seams import composite, split_band, used_samples  # noqa: F401
 from .single_file import single_file
+from .student import STUDENT_KEY, check_guidance_input, check_student, student_adapters, student_scheduler
 from .torch_settings import in_own_torch_settings, own_torch_settings
 from .windows import WindowPlan, blend_windows, window_weights, windows_over
 
@@ -160,6 +161,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             are white noise (`training.train_vocoder`). The others are mel bins.
         num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on the output
             of the vocoder. Small vocoders need them.
+        student (`dict`, *optional*): what [`check_student`] describes, if the UNet is a student, distilled to a few
+            steps. `register_student` sets it.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -180,6 +183,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_guidance_interval: tuple[float, float] | list[float] = (0.0, 1.0),  # JSON knows lists only
         num_noise_channels: int = 0,
         num_mel_corrections: int = 0,
+        student: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -193,6 +197,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_noise_channels=num_noise_channels,
             num_mel_corrections=num_mel_corrections,
         )
+        if student is not None:  # so that others are saved without the entry, as they were before there were students
+            self.register_to_config(**{STUDENT_KEY: check_student(student)})
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
@@ -265,6 +271,43 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
             check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
+
+    def register_student(self, student):
+        """Say in the config, which `save_pretrained` saves, that the UNet is a student, and take the scheduler that
+        the student was distilled for, with the betas and the prediction type of the one before.
+
+        Args:
+            student (`dict`): see [`check_student`].
+
+        Raises:
+            ValueError: if `student` is none, or not one for the UNet, or a LoRA makes one of the UNet already.
+        """
+        student = check_student(student)
+        if student_adapters(self.unet):
+            raise ValueError(
+                "A LoRA makes the UNet a student already: to keep it, call `fuse_lora()`, `unload_lora_weights()`."
+            )
+        check_guidance_input(student, self.unet, self.config.default_guidance_scale)
+        self.register_to_config(**{STUDENT_KEY: student})
+        self.scheduler = student_scheduler(student, self.scheduler)
+
+    @property
+    def student(self):
+        """What the checkpoint of a student says of it, a `dict` as [`check_student`] describes, where the UNet is one:
+        by a LoRA that is active or fused, or by the pipeline's config. Else `None`."""
+        return next(iter(student_adapters(self.unet).values()), self.config.get(STUDENT_KEY))
+
+    @property
+    def default_num_inference_steps(self):
+        """What `num_inference_steps` is in a call where it is not given."""
+        return (self.student or {}).get("num_inference_steps", self.config.default_num_inference_steps)
+
+    @property
+    def default_guidance_scale(self):
+        """What `guidance_scale` is in a call where it is not given: 1 for a student with guidance of a fixed scale."""
+        if self.student is not None and self.unet.config.time_cond_proj_dim is None:
+            return 1.0
+        return self.config.default_guidance_scale
 
     @property
     def num_mel_bins(self):
@@ -776,9 +819,9 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
         if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
+            num_inference_steps = self.default_num_inference_steps
         if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
+            guidance_scale = self.default_guidance_scale
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval
         if audio is not None:

@@ -13,6 +13,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -26,6 +27,7 @@ SCHEDULERS = {
     "heun": HeunDiscreteScheduler,
     "pndm": PNDMScheduler,
     "lcm": LCMScheduler,
+    "tcd": TCDScheduler,
 }
 
 
