@@ -132,6 +132,8 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
                 raise ValueError("The UNet is a student already: load a LoRA that makes one into its teacher.")
         with self._following_student():
             names = set(getattr(self.unet, "peft_config", None) or {})
+            if not names:  # peft freezes them
+                self.unet._with_gradients = [each for each in self.unet.parameters() if each.requires_grad]
             self.load_lora_into_unet(
                 state_dict,
                 self.unet,
@@ -153,7 +155,7 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
             if name not in (getattr(self.unet, "peft_config", None) or {}):  # its weights are the UNet's now
                 self.register_to_config(**{STUDENT_KEY: student})
         after = self.student
-        if after != before and hasattr(self.scheduler, "_before_student"):
+        if (after is None or after != before) and hasattr(self.scheduler, "_before_student"):
             self.scheduler = self.scheduler._before_student
         if after not in (None, before):
             self._take_student_scheduler(after)
@@ -164,9 +166,14 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
         self.scheduler = scheduler
 
     def unload_lora_weights(self):
-        """Remove all adapters (see `LoraBaseMixin.unload_lora_weights`)."""
+        """Remove all adapters (see `LoraBaseMixin.unload_lora_weights`). A UNet that was never fused computes to the
+        bit what it did before."""
         with self._following_student():
             super().unload_lora_weights()
+        if hasattr(self.unet, "_with_gradients"):
+            for parameter in self.unet._with_gradients:
+                parameter.requires_grad_()  # which decides how torch multiplies, without gradients too
+            self.unet._with_gradients = []
 
     def delete_adapters(self, adapter_names):
         """Remove some adapters (see `LoraBaseMixin.delete_adapters`)."""

@@ -65,6 +65,7 @@ from .checks import (
     check_rows_of_callback,
     check_schedule,
     check_strength,
+    check_student_call,
     check_text_encoder,
     check_timesteps,
     read_clips,
@@ -85,10 +86,18 @@ from .mel import (  # noqa: F401
 )
 from .model_files import check_loaded, check_savable, check_weights, find_model
 from .prompts import TextTrack, describe_loss
-from .schedule import SCHEDULERS, Schedule, check_not_in_use, in_use  # noqa: F401
+from .schedule import SCHEDULERS, Schedule, can_keep_num_steps, check_not_in_use, in_use  # noqa: F401
 from .seams import composite, split_band, used_samples  # noqa: F401
 from .single_file import single_file
-from .student import STUDENT_KEY, check_guidance_input, check_student, student_adapters, student_scheduler
+from .student import (
+    STUDENT_KEY,
+    call_defaults,
+    check_guidance_input,
+    check_student,
+    describe_misuse,
+    student_adapters,
+    student_scheduler,
+)
 from .torch_settings import in_own_torch_settings, own_torch_settings
 from .windows import WindowPlan, blend_windows, window_weights, windows_over
 
@@ -296,18 +305,6 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         """What the checkpoint of a student says of it, a `dict` as [`check_student`] describes, where the UNet is one:
         by a LoRA that is active or fused, or by the pipeline's config. Else `None`."""
         return next(iter(student_adapters(self.unet).values()), self.config.get(STUDENT_KEY))
-
-    @property
-    def default_num_inference_steps(self):
-        """What `num_inference_steps` is in a call where it is not given."""
-        return (self.student or {}).get("num_inference_steps", self.config.default_num_inference_steps)
-
-    @property
-    def default_guidance_scale(self):
-        """What `guidance_scale` is in a call where it is not given: 1 for a student with guidance of a fixed scale."""
-        if self.student is not None and self.unet.config.time_cond_proj_dim is None:
-            return 1.0
-        return self.config.default_guidance_scale
 
     @property
     def num_mel_bins(self):
@@ -633,7 +630,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
         check_input_audio(input_audio, stream)
         has_own_steps = timesteps is not None or sigmas is not None
-        check_strength(input_audio, None if has_own_steps else num_inference_steps, self.scheduler)
+        may_keep_steps = self.student is not None and can_keep_num_steps(self.scheduler)
+        check_strength(input_audio, None if has_own_steps or may_keep_steps else num_inference_steps, self.scheduler)
         return windows, keyframes, input_audio
 
     def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
@@ -709,11 +707,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 (`pipe.config.default_audio_length_in_s`).
             num_inference_steps (`int`, *optional*):
                 Number of denoising steps. More are slower and usually better. Defaults to the checkpoint's own
-                (`pipe.config.default_num_inference_steps`), 100 for Tango.
+                (`pipe.config.default_num_inference_steps`), 100 for Tango, or to the student's.
             guidance_scale (`float`, *optional*):
                 Weight of classifier-free guidance (https://huggingface.co/papers/2207.12598). 1 or less turns it off,
                 which halves the work. Defaults to the checkpoint's own (`pipe.config.default_guidance_scale`), 3 for
-                Tango.
+                Tango, or to 1 for a student that has guidance of one scale inside.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
                 From 0 to 1: how far to rescale the guided prediction to the standard deviation of the conditional one
                 (equation 16 of https://huggingface.co/papers/2305.08891), against over-exposure at high guidance.
@@ -764,7 +762,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Sampling rate of `audio`, to be given with it.
             strength (`float`, *optional*):
                 Fraction of the schedule that is run from the noised audio, above 0 and up to 1, as in image-to-image.
-                At 1 the audio has no influence where it is regenerated. Defaults to 1 for inpainting, else to 0.5.
+                At 1 the audio has no influence where it is regenerated. Defaults to 1 for inpainting, else to 0.5. It
+                takes that fraction of the steps; a student, with LCM or TCD, takes all its steps in that fraction.
             mask (`list`, `np.ndarray` or `torch.Tensor`, *optional*):
                 Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
                 audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
@@ -818,10 +817,13 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
+        student = self.student
+        own_num_steps, own_guidance_scale = call_defaults(self.config, student)
         if num_inference_steps is None:
-            num_inference_steps = self.default_num_inference_steps
+            num_inference_steps = own_num_steps
         if guidance_scale is None:
-            guidance_scale = self.default_guidance_scale
+            guidance_scale = own_guidance_scale
+        given_guidance_interval = guidance_interval
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval
         if audio is not None:
@@ -836,6 +838,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             frequency_mask_in_hz, audio_start_in_s, window_length_in_s, window_batch_size, window_order, stream,
             guidance_interval,
         )  # fmt: skip
+        if student is not None:
+            given = guidance_scale, guidance_rescale, given_guidance_interval, negative_prompt, negative_prompt_embeds
+            check_student_call(self, *given)
+            for sentence in describe_misuse(student, self.scheduler, guidance_scale):
+                logger.warning(sentence)
         num_waveforms = len(keyframes) * num_waveforms_per_prompt
 
         # 2. Call state, which callbacks may change
@@ -871,6 +878,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             sigmas,
             strength=1.0 if input_audio is None else input_audio.strength,
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
+            keeps_num_steps=student is not None,
         )
         check_schedule(schedule, self.unet.config.in_channels)
         call_state["_num_timesteps"] = self._num_timesteps = len(schedule.timesteps)

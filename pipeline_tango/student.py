@@ -9,6 +9,7 @@ from .schedule import SCHEDULERS
 
 STUDENT_KEY = "student"  # in the config of a pipeline, and in the metadata of a LoRA file
 STUDENT_ENTRIES = ("scheduler", "scheduler_options", "num_inference_steps", "guidance_scale")
+MAX_OUTER_GUIDANCE = 2.0  # classifier-free guidance of a student beyond the one inside
 
 
 def check_student(student):
@@ -131,3 +132,34 @@ def is_scheduler_of(student, scheduler):
     return type(scheduler) is SCHEDULERS[student["scheduler"]] and all(
         scheduler.config.get(name) == value for name, value in options
     )
+
+
+def describe_misuse(student, scheduler, guidance_scale):
+    """Sentences that say what makes a call worse than the student is."""
+    if not is_scheduler_of(student, scheduler):
+        name, options = student["scheduler"], student["scheduler_options"]
+        arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+        yield (
+            f"The student was distilled for {SCHEDULERS[name].__name__} with {options}, not for this "
+            f"{type(scheduler).__name__}, with which it is worse. To set it: `pipe.scheduler = "
+            f"SCHEDULERS[{name!r}].from_config(pipe.scheduler.config{arguments})`."
+        )
+    weight = student["guidance_scale"]
+    if not isinstance(weight, list) and guidance_scale > MAX_OUTER_GUIDANCE:
+        yield (
+            f"The student has guidance of {weight:g} inside, to which a `guidance_scale` of {guidance_scale:g} adds "
+            f"more, at twice the work: leave it out, or give at most {MAX_OUTER_GUIDANCE:g}."
+        )
+
+
+def call_defaults(config, student):
+    """What `num_inference_steps` and `guidance_scale` are in a call where they are not given.
+
+    Args:
+        config (`dict`): the pipeline's. A repo may be older than its entries.
+        student (`dict`, *optional*): what the UNet is. One with guidance of a fixed scale is called without guidance.
+    """
+    num_steps, weight = config.get("default_num_inference_steps", 100), config.get("default_guidance_scale", 3.0)
+    if student is None:
+        return num_steps, weight
+    return student["num_inference_steps"], weight if isinstance(student["guidance_scale"], list) else 1.0
