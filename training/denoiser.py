@@ -209,13 +209,15 @@ def gather_weights(accelerator, pipe, model):
             getattr(pipe, component).load_state_dict(state)
 
 
-def save_lora(pipe, folder):
-    """The LoRA layers as a file that `load_lora_weights` reads."""
+def save_lora(pipe, folder, student=None):
+    """The LoRA layers as a file that `load_lora_weights` reads, of a `student` if that is given."""
     from peft.utils import get_peft_model_state_dict
 
     config = pipe.unet.peft_config["default"].to_dict()
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    TangoPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config)
+    TangoPipeline.save_lora_weights(
+        folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config, student=student
+    )
     sort_metadata(Path(folder) / "pytorch_lora_weights.safetensors")
 
 
