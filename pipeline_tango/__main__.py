@@ -15,14 +15,14 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, __version__
 from .deferred_imports import deferred_imports
-from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings, most_steps
+from .presets import FAST, KERNELS, SCHEDULER_NAMES, choose_dtypes, choose_kernels, fast_settings, most_steps
 from .sound_files import (
     AudioFileError,
     draw_spectrogram,
@@ -208,7 +208,7 @@ def read_regions(text, name, unit):
 
 
 def check_speed_arguments(args):
-    """Read `--guidance_interval` as two numbers, and check `--deep_cache`."""
+    """Read `--guidance_interval` as two numbers and `--kernels` as names, and check `--deep_cache`."""
     if args.guidance_interval is not None:
         number = r"\d+\.?\d*"
         if not re.fullmatch(rf"{number}-{number}", args.guidance_interval):
@@ -217,6 +217,11 @@ def check_speed_arguments(args):
         if not 0 <= start < stop <= 1:
             raise CommandError(f"guidance_interval must ascend from 0 to 1, got {args.guidance_interval!r:.100}")
         args.guidance_interval = [start, stop]  # as JSON has it
+    if args.kernels is not None:
+        names = [] if args.kernels == "plain" else args.kernels.split(",")
+        if unknown := [name for name in names if name not in KERNELS]:
+            raise CommandError(f"kernels must be plain, or of {', '.join(KERNELS)}, got {unknown[0]!r:.100}")
+        args.kernels = tuple(names)
     if args.deep_cache is not None and not is_whole(args.deep_cache, 1, 100):
         raise CommandError(f"deep_cache must be a whole number from 1 to 100, got {args.deep_cache}")
 
@@ -347,8 +352,14 @@ def parse_arguments(argv):
         action="store_true",
         help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance {FAST['guidance']:g} "
         f"--guidance_interval {interval} and, for models of the released size, --deep_cache {FAST['deep_cache']}. "
-        "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and on a CPU "
-        "self-attention is computed in blocks",
+        "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and they are "
+        "computed by the --kernels that suit the processor",
+    )
+    speed.add_argument(
+        "--kernels",
+        metavar="NAMES",
+        help=f"how the models are computed, which changes the last bits only: plain, or any of {', '.join(KERNELS)}, "
+        "joined by commas (default: plain, with --fast those that suit the processor)",
     )
     speed.add_argument(
         "--guidance_interval",
@@ -583,7 +594,8 @@ def choose_device(args, state):
 
 
 def load_pipeline(args, device, dtypes):
-    from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
+    from . import SCHEDULERS, TangoPipeline
+    from .kernels import use_kernels
     from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
     try:
@@ -603,12 +615,11 @@ def load_pipeline(args, device, dtypes):
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     if args.deep_cache is not None:
         pipe.enable_deep_cache(interval=args.deep_cache)
-    if args.fast and attends_in_blocks(dtypes, device):
-        pipe.unet.set_attn_processor(BlockedAttnProcessor())
     if args.cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
+    use_kernels(pipe, args.kernels)
     return pipe
 
 
@@ -689,7 +700,7 @@ def garbage_kept():
 def make_sounds(args, loaded=lambda: None):
     """Generate the sounds that `args` describe, or this process's share of them. `loaded` is called before the first
     one."""
-    with deferred_imports():
+    with deferred_imports() if args.prompts is None else nullcontext():
         import torch
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
@@ -754,6 +765,12 @@ def make_sounds(args, loaded=lambda: None):
                 f"sounds to make: {len(todo)}{there}{share}"
             )
         todo = todo[state.process_index :: state.num_processes]
+        if args.kernels is None and args.fast:
+            is_large = "deep_cache" in fast_settings(args.source)
+            args.kernels, reason = choose_kernels(dtypes, device, len(todo), is_large)
+            if not args.quiet and state.is_main_process:
+                say(f"kernels: {', '.join(args.kernels) or 'plain'} ({reason})")
+        args.kernels = args.kernels or ()
         pipe = load_pipeline(args, device, dtypes) if todo else None
         loaded()
         compute_in_s = sound_in_s = 0.0

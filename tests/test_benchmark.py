@@ -20,7 +20,6 @@ from examples.benchmark import (
     signal_to_difference_db,
     summarize,
     table,
-    use_conv2d,
 )
 from pipeline_tango.presets import FAST, fast_settings
 
@@ -92,7 +91,7 @@ def test_options_are_joined_by_plus():
 def test_the_preset_is_that_of_the_command(tiny_folder):
     assert read_variant("preset", "cpu").items() >= FAST.items()
     assert read_variant("preset", "cpu", fast_settings(tiny_folder))["deep_cache"] is None
-    assert not read_variant("preset", "cuda")["blocked_attention"]
+    assert read_variant("preset", "cuda")["kernels"] == () == read_variant("bf16", "cpu")["kernels"]
 
 
 @pytest.mark.parametrize("name", ["reduce-overhead", "bf16+max-autotune"])
@@ -193,17 +192,6 @@ def test_what_a_variant_does_to_the_sound_is_told(measured):
     assert fused["decoder_db"] == 200 and 5 < fused["latents_db"] < 100
     preset = measured("preset")
     assert preset["steps"] == FAST["steps"] and preset["latents_db"] is None and preset["sound_db"] is None
-
-
-def test_conv2d_is_the_same_function(components):
-    vocoder, mel_spectrogram = components["vocoder"], torch.randn(2, 20, 64)
-    with torch.no_grad():
-        expected = vocoder(mel_spectrogram)
-        use_conv2d(vocoder)
-        assert torch.allclose(vocoder(mel_spectrogram), expected, atol=1e-5)
-    assert set(vocoder.state_dict()) == set(build_components()["vocoder"].state_dict())
-    with pytest.raises(ValueError, match="`module`"):
-        use_conv2d(torch.nn.Conv1d(2, 2, 3, stride=2))
 
 
 @pytest.mark.parametrize("option", ["compile", "compile-dynamic", "compile-blocks"])
