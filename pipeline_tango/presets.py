@@ -13,12 +13,12 @@ FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval":
 LARGE_WIDTH = 1280  # channels of a UNet's widest level
 
 KERNELS = ("blocked-attention", "channels-last-unet", "channels-last-vae", "conv2d-vocoder", "compile-unet")
-# Those of --fast, by kind of processor and whether the models are in bfloat16; docs/speed.md has the measurements.
+# Those of --fast, by kind of processor, for models in bfloat16; docs/speed.md has the measurements.
 # Blocks of attention gain a quarter of a step on an EPYC with AVX512-BF16, and cost a tenth with AMX.
 FAST_KERNELS = {
-    ("amx", True): ("channels-last-vae", "conv2d-vocoder"),
-    ("avx512_bf16", True): ("blocked-attention", "channels-last-vae", "conv2d-vocoder"),
-    ("cpu", True): ("blocked-attention",),
+    "amx": ("channels-last-vae", "conv2d-vocoder"),
+    "avx512_bf16": ("blocked-attention", "channels-last-vae", "conv2d-vocoder"),
+    "cpu": ("blocked-attention",),
 }
 COMPILE_PAYS_FROM = 40  # sounds by --fast on a CPU with AMX: 83 s of compilation, and 2 to 3 s less for a sound
 
@@ -92,7 +92,7 @@ def choose_kernels(dtypes, device, num_sounds=1, is_large=False):
 
     kind, dtype = processor(device), dtypes.get("unet", dtypes["default"])
     reason = f"{kind} in {str(dtype).removeprefix('torch.')}"
-    names = FAST_KERNELS.get((kind, dtype == torch.bfloat16), ())
+    names = FAST_KERNELS.get(kind, ()) if dtype == torch.bfloat16 else ()
     if kind == "amx" and names and is_large:
         if num_sounds >= COMPILE_PAYS_FROM and not find_compiler():
             reason += ", not compiled without a C++ compiler"

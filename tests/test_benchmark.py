@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import build_components
 from safetensors.torch import load_file
 from scipy.io import wavfile
 

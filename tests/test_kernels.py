@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
+from transformers import SpeechT5HifiGan
 
+from pipeline_tango import TANGO_TINY
 from pipeline_tango.kernels import BlockedAttnProcessor, Conv1dAs2d, use_conv2d, use_kernels
 from pipeline_tango.presets import KERNELS
 
@@ -35,9 +37,10 @@ def test_conv2d_is_the_same_function_and_can_be_undone(vocoder):
 
 
 @torch.no_grad()
-def test_in_bfloat16_it_is_as_exact_as_before(vocoder):
-    """45 dB between the two, and no further from float32 than before."""
-    mel_spectrogram = torch.randn(1, 50, 64)
+def test_in_bfloat16_it_is_as_exact_as_before():
+    """45 dB between the two, of a trained vocoder, and no further from float32 than before."""
+    vocoder = SpeechT5HifiGan.from_pretrained(TANGO_TINY, subfolder="vocoder", dtype=torch.float32).eval()
+    mel_spectrogram = 1.5 * torch.randn(1, 32, vocoder.config.model_in_dim, generator=torch.manual_seed(0)) - 4
     exact = vocoder(mel_spectrogram)
     vocoder, mel_spectrogram = vocoder.to(torch.bfloat16), mel_spectrogram.bfloat16()
     before = vocoder(mel_spectrogram).float()
@@ -47,7 +50,7 @@ def test_in_bfloat16_it_is_as_exact_as_before(vocoder):
     def error_db(reference, other):
         return float(10 * torch.log10(reference.square().sum() / (reference - other).square().sum()))
 
-    assert error_db(before, after) > 30 and error_db(exact, after) > error_db(exact, before) - 1
+    assert error_db(before, after) > 45 and error_db(exact, after) > error_db(exact, before) - 1
 
 
 def test_the_vocoder_stays_what_is_saved(vocoder, tmp_path):
