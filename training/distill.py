@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
+from pipeline_tango.student import check_student, student_scheduler
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -221,6 +222,8 @@ def load_pipeline(args, weight_dtype):
         args.guidance_scale = [float(pipe.config.default_guidance_scale)]
     if args.guidance_interval is None:
         args.guidance_interval = list(map(float, pipe.config.default_guidance_interval))
+    if not args.guidance_scale[0] <= pipe.config.default_guidance_scale <= args.guidance_scale[-1]:
+        pipe.register_to_config(default_guidance_scale=mean_guidance(args))
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     return pipe
@@ -343,7 +346,7 @@ def teacher_dataset(args, accelerator, pipe, encoders, folder):
             latents = pipe(
                 [prompts[i] for i in batch],
                 num_inference_steps=args.num_teacher_steps,
-                guidance_scale=sum(args.guidance_scale) / len(args.guidance_scale),
+                guidance_scale=mean_guidance(args),
                 guidance_interval=tuple(args.guidance_interval),
                 generator=generators,
                 output_type="latent",
@@ -435,10 +438,19 @@ def validate(accelerator, distillation, model, averages, encoders, dataset):
     return float(total[0] / total[1])
 
 
-def student_scheduler(args, config):
-    """The scheduler that samples with the student."""
-    kind = LCMScheduler if args.endpoint == "clean" else TCDScheduler
-    return kind.from_config(config, original_inference_steps=args.num_grid_steps)
+def mean_guidance(args):
+    return sum(args.guidance_scale) / len(args.guidance_scale)
+
+
+def describe_student(args):
+    """What the checkpoint says of the student: see [`check_student`]."""
+    low, high = args.guidance_scale[0], args.guidance_scale[-1]
+    return {
+        "scheduler": "lcm" if args.endpoint == "clean" else "tcd",
+        "scheduler_options": {"original_inference_steps": args.num_grid_steps},
+        "num_inference_steps": args.num_validation_inference_steps,
+        "guidance_scale": low if low == high else [low, high],
+    }
 
 
 def distill(args):
@@ -477,6 +489,7 @@ def distill(args):
         if args.cache_dir:
             dataset = cache_dataset(accelerator, encoders, dataset, args.cache_dir)
     empty_states, empty_mask = encoders.text_of([""])
+    student = check_student(describe_student(args))
 
     teacher_unet = pipe.unet
     if not args.lora_rank:
@@ -603,9 +616,9 @@ def distill(args):
                         accelerator,
                         pipe,
                         step,
-                        student_scheduler(args, pipe.scheduler.config),
+                        student_scheduler(student, pipe.scheduler),
                         num_inference_steps=args.num_validation_inference_steps,
-                        guidance_scale=sum(args.guidance_scale) / 2 if len(args.guidance_scale) == 2 else 1.0,
+                        guidance_scale=mean_guidance(args) if isinstance(student["guidance_scale"], list) else 1.0,
                     )
             accelerator.wait_for_everyone()
 
@@ -625,10 +638,8 @@ def distill(args):
         "training loss (last 5% of the steps)": f"{tail_mean(log.values('loss')):.5f}",
         "steps per second": f"{(step - first_step) / max(time.monotonic() - started, 1e-9):.3f}",
     }
-    pipe.scheduler = student_scheduler(args, pipe.scheduler.config)
-    save_result(
-        args, accelerator, pipe, model, name, summary, "A student of few steps, distilled with `training.distill`"
-    )
+    made = "A student of few steps, distilled with `training.distill`"
+    save_result(args, accelerator, pipe, model, name, summary, made, ["few-step"], student)
     if accelerator.is_main_process:
         for key, value in summary.items():
             logger.info(f"{key}: {value}")
