@@ -17,7 +17,7 @@ def check_student(student):
     pipeline is the student, and the same as JSON in the metadata of a LoRA file.
 
     Args:
-        student (`dict`), with exactly these entries:
+        student (`dict`), with these entries:
             scheduler (`str`): short name in [`SCHEDULERS`] of the scheduler that it was distilled for, such as "lcm".
             scheduler_options (`dict`): those options of that scheduler which belong to the student, such as
                 `{"original_inference_steps": 50}`, as values of JSON. Others, such as betas and prediction type, are
@@ -27,6 +27,8 @@ def check_student(student):
                 the UNet, so that a call needs no unconditional rows. `[low, high]` if the weight is an input of the
                 UNet (`time_cond_proj_dim`): a call then takes any `guidance_scale` from `low` to `high`, by default
                 `default_guidance_scale` of the pipeline's config.
+            timesteps (`dict[str, list[int]]`, *optional*): the timesteps of a call of so many steps, where the student
+                was distilled for these alone.
 
     Returns:
         `dict`: a copy, of plain Python types.
@@ -34,7 +36,7 @@ def check_student(student):
     Raises:
         ValueError: naming the entry, what is accepted and what came.
     """
-    if not isinstance(student, dict) or set(student) != set(STUDENT_ENTRIES):
+    if not isinstance(student, dict) or set(student) - {"timesteps"} != set(STUDENT_ENTRIES):
         what = list(student) if isinstance(student, dict) else student
         raise ValueError(f"`student` has to be a dict of {list(STUDENT_ENTRIES)}, not {what!r:.300}.")
 
@@ -63,12 +65,34 @@ def check_student(student):
             refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
     elif not is_weight(weight):
         refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
-    return {
+    timesteps = {}
+    if "timesteps" in student:
+        timesteps["timesteps"] = check_timesteps(student, refuse)
+    return timesteps | {
         "scheduler": name,
         "scheduler_options": options,
         "num_inference_steps": int(num_steps),
         "guidance_scale": [float(each) for each in weight] if isinstance(weight, (list, tuple)) else float(weight),
     }
+
+
+def check_timesteps(student, refuse):
+    """The entry `timesteps` of a student, or a call of `refuse`."""
+    table = student["timesteps"]
+
+    def is_schedule(number, timesteps):
+        return (
+            isinstance(timesteps, (list, tuple))
+            and str(len(timesteps)) == number
+            and all(isinstance(t, Integral) and not isinstance(t, bool) and 0 <= t < 1000 for t in timesteps)
+            and list(timesteps) == sorted(set(timesteps), reverse=True)
+        )
+
+    if not isinstance(table, dict) or not table or not all(is_schedule(*item) for item in table.items()):
+        refuse("timesteps", 'a dict such as `{"2": [999, 380]}`, of as many descending timesteps as the key says')
+    if str(student["num_inference_steps"]) not in table:
+        refuse("timesteps", f'a dict with the key "{student["num_inference_steps"]}", the default number of steps')
+    return {number: list(map(int, timesteps)) for number, timesteps in table.items()}
 
 
 def read_student(metadata):
