@@ -123,7 +123,10 @@ def student_adapters(unet, fused_only=False):
 
 def student_scheduler(student, scheduler):
     """The scheduler that a student was distilled for, with the betas and the prediction type of `scheduler`."""
-    return SCHEDULERS[student["scheduler"]].from_config(scheduler.config, **student["scheduler_options"])
+    scheduler_class = SCHEDULERS[student["scheduler"]]
+    known = inspect.signature(scheduler_class).parameters
+    config = {name: value for name, value in scheduler.config.items() if name in known or name.startswith("_")}
+    return scheduler_class.from_config(config, **student["scheduler_options"])
 
 
 def is_scheduler_of(student, scheduler):
