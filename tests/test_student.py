@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     LONG,
+    MOVING,
     STUDENT,
     build_components,
     count_rows,
@@ -138,8 +139,7 @@ def test_a_strength_that_leaves_fewer_timesteps_than_steps_is_refused(student_pi
 INPUTS = {
     "text": {},
     "sequential windows": LONG | {"window_order": "sequential"},
-    "moving": LONG
-    | {"window_batch_size": 3, "prompt": [[(0.0, "rain"), (0.6, "dog")], [(0.0, "dog"), (0.6, "rain")]]},
+    "moving": LONG | {"window_batch_size": 3, "prompt": [MOVING, [(0.0, "dog"), (0.6, "rain")]]},
     "variation": {"audio": noise(4800), "strength": 0.6},
     "inpainting": {"audio": noise(4800), "mask": [(0.1, 0.2)]},
     "continuation": {"audio": noise(4800), "audio_length_in_s": 0.6, "window_length_in_s": 0.32},
