@@ -329,11 +329,8 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
             times[name] = seconds(device) - start
             return result
 
-        is_guided = (variant["guidance"] or pipe.config.default_guidance_scale) > 1
-        text = [prompt] * batch_size
-        embeds = stage(
-            "text", lambda: dict(zip(EMBEDS, pipe.encode_prompt(text, do_classifier_free_guidance=is_guided)))
-        )
+        encode_options = {"prompt": [prompt] * batch_size, "do_classifier_free_guidance": is_guided}
+        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt(**encode_options))))
         generator = [torch.Generator().manual_seed(row) for row in range(batch_size)]
         denoise = options | other_options | embeds
         denoise |= {"num_inference_steps": steps_timed, "generator": generator, "output_type": "latent"}
