@@ -17,7 +17,7 @@ def check_student(student):
     pipeline is the student, and the same as JSON in the metadata of a LoRA file.
 
     Args:
-        student (`dict`), with exactly these entries:
+        student (`dict`), with these entries and no others:
             scheduler (`str`): short name in [`SCHEDULERS`] of the scheduler that it was distilled for, such as "lcm".
             scheduler_options (`dict`): those options of that scheduler which belong to the student, such as
                 `{"original_inference_steps": 50}`, as values of JSON. Others, such as betas and prediction type, are
@@ -27,6 +27,7 @@ def check_student(student):
                 the UNet, so that a call needs no unconditional rows. `[low, high]` if the weight is an input of the
                 UNet (`time_cond_proj_dim`): a call then takes any `guidance_scale` from `low` to `high`, by default
                 `default_guidance_scale` of the pipeline's config.
+            eta (`float`, *optional*): what `eta` is in a call where it is not given, if not the scheduler's default.
 
     Returns:
         `dict`: a copy, of plain Python types.
@@ -34,9 +35,11 @@ def check_student(student):
     Raises:
         ValueError: naming the entry, what is accepted and what came.
     """
-    if not isinstance(student, dict) or set(student) != set(STUDENT_ENTRIES):
+    if not isinstance(student, dict) or student.keys() - {"eta"} != set(STUDENT_ENTRIES):
         what = list(student) if isinstance(student, dict) else student
-        raise ValueError(f"`student` has to be a dict of {list(STUDENT_ENTRIES)}, not {what!r:.300}.")
+        raise ValueError(
+            f"`student` has to be a dict of {list(STUDENT_ENTRIES)} and perhaps 'eta', not {what!r:.300}."
+        )
 
     def refuse(entry, accepted):
         raise ValueError(f"`{entry}` of a student has to be {accepted}, not {student[entry]!r:.200}.")
@@ -63,11 +66,14 @@ def check_student(student):
             refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
     elif not is_weight(weight):
         refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
+    if "eta" in student and not (isinstance(student["eta"], Real) and 0 <= student["eta"] <= 1):
+        refuse("eta", "a number from 0 to 1")
     return {
         "scheduler": name,
         "scheduler_options": options,
         "num_inference_steps": int(num_steps),
         "guidance_scale": [float(each) for each in weight] if isinstance(weight, (list, tuple)) else float(weight),
+        **({"eta": float(student["eta"])} if "eta" in student else {}),
     }
 
 

@@ -41,6 +41,8 @@ from pipeline_tango.student import check_student
         ("guidance_scale", [8.0, 1.0]),
         ("guidance_scale", [1.0]),
         ("guidance_scale", float("inf")),
+        ("eta", 1.5),
+        ("eta", None),
     ],
 )
 def test_what_is_no_student_is_refused_by_the_name_of_the_entry(entry, value):
@@ -50,6 +52,7 @@ def test_what_is_no_student_is_refused_by_the_name_of_the_entry(entry, value):
 
 def test_a_student_has_all_entries_and_no_others():
     assert check_student(STUDENT | {"guidance_scale": (1, 8)}) == STUDENT | {"guidance_scale": [1.0, 8.0]}
+    assert check_student(STUDENT | {"eta": 0})["eta"] == 0.0
     for wrong in (None, "lcm", {"scheduler": "lcm"}, STUDENT | {"steps": 4}):
         with pytest.raises(ValueError, match="`student` has to be a dict of"):
             check_student(wrong)
@@ -107,6 +110,17 @@ def test_explicit_values_override_those_of_the_student(student_pipe):
     rows = count_rows(student_pipe.unet)
     latents_of(student_pipe, num_inference_steps=2, guidance_scale=1.5, negative_prompt="dog")
     assert rows == [2, 2]
+
+
+def test_a_student_may_have_an_eta_of_its_own(student_pipe):
+    (config,) = student_pipe.unet.peft_config.values()
+    scheduler = student_pipe.scheduler
+    student_pipe.scheduler = SCHEDULERS["tcd"].from_config(scheduler.config)
+    runs = {eta: latents_of(student_pipe, eta=eta) for eta in (0.0, 0.3, None)}
+    assert torch.equal(runs[None], runs[0.3]) and not torch.equal(runs[None], runs[0.0])
+    config.student = STUDENT | {"scheduler": "tcd", "eta": 0.0}
+    assert torch.equal(latents_of(student_pipe), runs[0.0])
+    config.student, student_pipe.scheduler = STUDENT, scheduler
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
