@@ -76,7 +76,7 @@ def check_student(student):
             refuse("eta", "a number from 0 to 1")
         optional["eta"] = float(student["eta"])
     if "timesteps" in student:
-        optional["timesteps"] = check_timesteps(student, refuse)
+        optional["timesteps"] = check_timestep_table(student, refuse)
     return {
         "scheduler": name,
         "scheduler_options": options,
@@ -86,7 +86,7 @@ def check_student(student):
     }
 
 
-def check_timesteps(student, refuse):
+def check_timestep_table(student, refuse):
     """The entry `timesteps` of a student, or a call of `refuse`."""
     table = student["timesteps"]
 
@@ -190,8 +190,8 @@ def describe_misuse(student, scheduler, guidance_scale):
 
 
 def timesteps_of_call(student, scheduler, num_inference_steps):
-    """The timesteps that a student was distilled for, as a list, for a call of so many steps. `None` if it was for any,
-    or if `scheduler` is another one than its own.
+    """The timesteps that a student was distilled for, as a list, for a call of so many steps. `None` if it was for
+    any, or if `scheduler` is another one than its own.
 
     Raises:
         ValueError: if it was distilled for other numbers of steps.
