@@ -83,9 +83,10 @@ def losses(folder):
 
 def test_a_lora_student_of_trajectories_is_one_that_the_pipeline_knows(arguments, short_folder, tmp_path):
     flags = ("--lora_rank=2", "--max_train_steps=2", "--student_steps", 2, 1, "--validation_prompts", "rain")
-    assert main(arguments("run", *flags, "--guidance_scale=3")) == 0
+    assert main(arguments("run", *flags, "--guidance_scale=3", "--lora_dtype=float16")) == 0
     with safe_open(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         student = json.loads(file.metadata()["student"])
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
     assert student["num_inference_steps"] == 2 and student["guidance_scale"] == 3
     pipe = TangoPipeline.from_pretrained(short_folder)
     pipe.load_lora_weights(tmp_path / "run" / "lora")

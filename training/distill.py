@@ -164,6 +164,12 @@ def parse_args(argv=None):
     trained = parser.add_argument_group("trained weights")
     add_lora_arguments(trained)
     trained.set_defaults(lora_targets=LORA_TARGETS)
+    trained.add_argument(
+        "--lora_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the LoRA file, which trains in float32",
+    )
     add_ema_arguments(trained, ema_decay=0.999)
     trained.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
@@ -767,6 +773,9 @@ def distill(args):
         "training loss (last 5% of the steps)": f"{tail_mean(log.values('loss')):.5f}",
         "steps per second": f"{(step - first_step) / max(time.monotonic() - started, 1e-9):.3f}",
     }
+    if args.lora_rank:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
     made = "A student of few steps, distilled with `training.distill`"
     save_result(args, accelerator, pipe, model, name, summary, made, ["few-step"], student)
     if accelerator.is_main_process:
