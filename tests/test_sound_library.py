@@ -560,7 +560,8 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
     recordings = packing.recordings_of(samples, index, "train")
     tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
     categories = sorted(recordings.indices)
-    batches = train_scenes.SceneBatches(recordings, categories, tokenizer, {81920: (6, 1.0)}, seed=3)
+    in_caption = sorted({row["caption"] for row in index})
+    batches = train_scenes.SceneBatches(recordings, (categories, in_caption), tokenizer, {81920: (6, 1.0)}, seed=3)
     batch, again = batches[4], batches[4]
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
     rng = np.random.default_rng([3, 4])
@@ -571,11 +572,76 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
         waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
         expected = scenes.render(scene.events, waveforms, 81920, peak)
         np.testing.assert_allclose(waveform, expected, atol=2e-4)
-    scene = scenes.Scene([], [], ["bee", "cow", "rain"], "sequence over background")
-    halves = batches.heard_in_halves(scene)
-    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "rain"}, {"cow", "rain"}]
-    halves = batches.heard_in_halves(scene._replace(relation="sequence of three"))
-    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "cow"}, {"cow", "rain"}]
+    heard = batch["heard"]
+    assert heard.shape == (6, 4, 2, 2)
+    assert (heard[:, 3].any((1, 2)) == [not scene.relation.startswith("sequence") for scene in drawn]).all()
+
+
+def test_places_tell_which_sounds_come_first_between_last_and_throughout(recordings):
+    categories = sorted(recordings.indices)
+    names = (categories, sorted({row["caption"] for row in recordings.rows}))
+    batches = train_scenes.SceneBatches(recordings, names, None, {}, seed=3)
+
+    def places(relation, *heard):
+        scene = scenes.make_scene(np.random.default_rng(0), recordings, 81920, relation, list(heard))
+        result = batches.heard_at_places(scene)
+        for category, caption in result[result[..., 0] > 0]:
+            captions = {row["caption"] for row in recordings.rows if row["category"] == categories[category - 1]}
+            assert names[1][caption - 1] in captions
+        assert ((result > 0).all(2) == (result > 0).any(2)).all()
+        return [" ".join(dict.fromkeys(categories[i - 1] for i in place if i)) for place in result[..., 0]]
+
+    assert places("single", "cow") == ["", "", "", "cow"]
+    assert places("background", "cow", "rain") == ["", "", "", "cow rain"]
+    assert places("sequence", "cow", "bee") == ["cow", "", "bee", ""]
+    assert places("sequence of three", "bee", "cow", "rain") == ["bee", "cow", "rain", ""]
+    assert places("sequence over background", "cow", "bee", "rain") == ["cow", "", "bee", "rain"]
+
+
+def test_parts_of_a_batch_hold_each_caption_once_and_whole():
+    lengths = np.array([3, 9, 5, 2, 7, 3, 4])
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    batch = {"ids": np.arange(1, 8)[:, None] * mask, "mask": mask, "heard": np.arange(7)}
+    parts = list(train_scenes.by_length(batch, torch.Generator().manual_seed(0)))
+    assert [part["ids"].shape for part in parts] != sorted(part["ids"].shape for part in parts)
+    assert sorted(int(i) for part in parts for i in part["heard"]) == list(range(7))
+    for part in parts:
+        assert (part["mask"].sum(1) == lengths[part["heard"]]).all() and part["mask"].any(0).all()
+        assert (part["ids"] == batch["ids"][part["heard"], : part["ids"].shape[1]]).all()
+
+
+def test_heads_tell_the_order_of_no_states_that_only_name_the_sounds():
+    """The logits are linear in the mean of the states: tokens in another order have the same."""
+    heads = train_scenes.Heads(8, [5, 7])
+    states = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    expected = heads(states, mask)
+    assert [each.shape for each in expected] == [(2, 4, 6), (2, 4, 8)]
+    order = torch.tensor([3, 1, 0, 2, 5, 4])
+    for logits, again in zip(expected, heads(states[:, order], mask[:, order]), strict=True):
+        torch.testing.assert_close(logits, again)
+    one, _ = heads(states[:1, :4], mask[:1, :4])
+    torch.testing.assert_close(one, expected[0][:1])
+
+
+def test_the_text_loss_is_the_surprise_at_each_place_summed(packed):
+    folder, _ = packed
+    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text").eval()
+    heads = train_scenes.Heads(text_encoder.config.d_model, [3, 4])
+    torch.nn.init.zeros_(heads.out.weight)
+    torch.nn.init.zeros_(heads.out.bias)
+    models = train_scenes.Models(None, text_encoder, heads, None, (None, None))
+    ids = torch.tensor([[5, 6, 1]])
+    with torch.no_grad():
+        losses = models.text_losses(ids, torch.ones_like(ids), torch.zeros(1, 4, 2, 2, dtype=torch.long))[1]
+    assert float(losses) == pytest.approx(4 * np.log(4) + 4 * np.log(5), rel=1e-5)
+    heard = torch.tensor([[[0, 0], [1, 2]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]])[None]
+    with torch.no_grad():
+        heads.out.bias[1] = np.log(2)  # category 1 first
+        heads.out.bias[4 + 2] = np.log(3)  # caption 2 first
+        losses = models.text_losses(ids, torch.ones_like(ids), heard)[1]
+    expected = [3 * np.log(4), 3 * np.log(5), np.log(5) / 2 + np.log(5 / 2) / 2, np.log(7) / 2 + np.log(7 / 3) / 2]
+    assert float(losses) == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_the_loss_is_that_of_training_objective():
@@ -633,12 +699,54 @@ def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed,
     assert "has no folder unet" in capsys.readouterr().err
 
 
+def test_a_text_encoder_trained_alone_is_left_as_it_is_beside_a_unet_that_goes_on(packed, tmp_path):
+    folder, _ = packed
+    common = [folder / "recordings", "--batch_size", 1, "--num_workers", 0, "--num_validation_scenes", 1]
+    common += ["--device", "cpu", "--decoder_seconds", 0]
+    config = json.loads((assemble.HERE / "unet_second.json").read_text())
+    config |= {"block_out_channels": [8, 16, 16], "attention_head_dim": 2, "norm_num_groups": 8}
+    (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
+    common += ["--unet_config", tmp_path / "unet.json"]
+
+    def run(name, *flags):
+        flags = [*common, "--output_dir", tmp_path / name, *flags]
+        train_scenes.main(list(map(str, flags)))
+        files = (tmp_path / name).glob("*/*.safetensors")
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return {path.parent.name: load_file(path) for path in files}, [json.loads(line) for line in lines]
+
+    def differ(a, b):
+        return any(not torch.equal(a[name].half(), b[name].half()) for name in a)
+
+    alone = ["--text_encoder", folder / "text", "--text_only", "--max_steps", 9, "--save_every", 0]
+    text, log = run("text", *alone, "--unet_config", tmp_path / "unet.json")
+    assert text.keys() == {"text_encoder"} and log[-1]["text_steps"] == 9
+    assert differ(text["text_encoder"], load_file(folder / "text" / "model.safetensors"))
+    frozen = ["--text_encoder", tmp_path / "text", "--freeze_text_encoder", "--text_seconds", 0]
+    first, log = run("first", *frozen, "--max_steps", 2)
+    assert first.keys() == {"text_encoder", "unet"}
+    assert not differ(first["text_encoder"], text["text_encoder"])
+    assert not any("text_loss" in entry or "order_accuracy" in entry for entry in log)
+    assert max(entry["step"] for entry in log) == 2
+    second, _ = run("second", *frozen, "--unet", tmp_path / "first" / "unet", "--learning_rate", 0, "--max_steps", 1)
+    assert not differ(second["unet"], first["unet"])
+    joint, log = run("joint", "--text_encoder", tmp_path / "text", "--text_seconds", 0, "--max_steps", 2)
+    assert differ(joint["text_encoder"], text["text_encoder"])
+    assert any("text_loss" in entry for entry in log)
+
+
 def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
     folder, _ = packed
     flags = [str(folder / "recordings"), "--text_encoder", str(folder / "text"), "--output_dir", str(tmp_path)]
-    with pytest.raises(SystemExit, match="`cross_attention_dim` 32 of the text encoder, not 256"):
+    with pytest.raises(SystemExit, match="`unet_config` .* `cross_attention_dim` 32 of the text encoder, not 256"):
         train_scenes.main([*flags, "--device", "cpu"])
-    for more, message in ((["--seconds", "60"], "--seconds has to be more than 79"), (["--vae", "x"], "`vae`")):
+    for more, message in (
+        (["--seconds", "60"], "--seconds has to be more than 79"),
+        (["--vae", "x"], "`vae`"),
+        (["--unet", "x"], "`unet`"),
+        (["--text_loss_weight", "-1"], "at least 0"),
+        (["--text_only", "--freeze_text_encoder"], "exclude each other"),
+    ):
         with pytest.raises(SystemExit):
             train_scenes.main([*flags, *more])
         assert message in capsys.readouterr().err
