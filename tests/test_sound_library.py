@@ -1,3 +1,4 @@
+import copy
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -663,6 +665,32 @@ def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
     assert float((cells @ matrix[:-1] + matrix[-1] - expected).abs().mean()) < 0.01 < float(expected.std()) / 100
     with pytest.raises(ValueError, match="`vae` has to have a linear encoder"):
         train_scenes.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
+
+
+def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
+    torch.manual_seed(0)
+    model, unused = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
+    models = SimpleNamespace(parameters=lambda: [*model.parameters(), *unused.parameters()])
+    average = train_scenes.Average(models, 1e9, decay=0.5)
+    expected = [p.detach().clone() for p in plain.parameters()]
+    for step in range(9):
+        inputs = torch.randn(4, 3)
+        model(inputs).square().mean().backward()
+        plain(inputs).square().mean().backward()
+        norm = average.update(step, 0.1)
+        assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, plain.parameters(), strict=True)]
+    for ours, theirs, mean, e in zip(model.parameters(), plain.parameters(), average.averages, expected):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(mean, e)
+    model.bfloat16()
+    average.use(average.averages)
+    assert all(torch.equal(p, mean.bfloat16()) for p, mean in zip(model.parameters(), average.averages))
 
 
 def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed, tmp_path, capsys):

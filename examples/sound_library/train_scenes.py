@@ -89,8 +89,12 @@ def parse_args(argv=None):
     parser.add_argument("--num_workers", type=int, default=max((os.cpu_count() or 2) - 3, 0), help="of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on CPUs float32")
-    parser.add_argument("--save_every", type=float, default=90, help="seconds between two savings")
-    parser.add_argument("--validate_every", type=float, default=45, help="seconds between two validations")
+    parser.add_argument(
+        "--memory_format",
+        choices=("channels_last", "contiguous_format"),
+        help="default: on a GPU the faster",
+    )
+    parser.add_argument("--save_every", type=float, default=90, help="seconds between two validations, with saving")
     parser.add_argument("--num_validation_scenes", type=int, default=48, help="held-out scenes of each kind")
     parser.add_argument("--max_steps", type=int, default=10**9, help="of each of the three parts")
     parser.add_argument("--max_recordings", type=int, help="read about so many recordings only")
@@ -491,18 +495,24 @@ class Average:
         self.parameters, self.decay = models.parameters(), decay
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.averages = [p.clone() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": self.weights[0].is_cuda}
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, **options)
 
     @torch.no_grad()
     def use(self, weights):
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.copy_(weight)
+        torch._foreach_copy_(self.parameters, weights)
 
     @torch.no_grad()
     def update(self, step, learning_rate):
         """One step of the optimizer by the models' gradients. Returns the norm of the gradient."""
         for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            weight.grad = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is None:
+                weight.grad.zero_()
+        used = [(w.grad, p.grad) for w, p in zip(self.weights, self.parameters, strict=True) if p.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*used, strict=True)))
+        for parameter in self.parameters:
             parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -520,10 +530,12 @@ def train_denoiser(models, sounds, batches, validation, categories, args, log):
     for model in (models.unet, models.text_encoder, models.heads):
         model.to(getattr(torch, args.dtype))
     models.text_encoder.train(not models.frozen)
-    if device.type == "cuda":
+    if args.memory_format:
+        models.unet.to(memory_format=getattr(torch, args.memory_format))
+    elif device.type == "cuda":
         layout, seconds = faster_layout(models, sounds, next(batches))
         models.unet.to(memory_format=layout)
-        log(layout=str(layout), seconds_per_step=seconds)
+        log(memory_format=str(layout), seconds_per_step=seconds)
     average = Average(models, args.learning_rate, args.ema_decay)
 
     @torch.no_grad()
