@@ -626,6 +626,28 @@ def test_heads_tell_the_order_of_no_states_that_only_name_the_sounds():
     torch.testing.assert_close(one, expected[0][:1])
 
 
+def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
+    folder, _ = packed
+    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+    def shares():
+        """Of the attention of the middle tokens, how much goes to earlier and to later ones, by head."""
+        with torch.no_grad():
+            (attention,) = text_encoder(ids, output_attentions=True).attentions  # (1, num_heads, 6, 6)
+        rows = attention[0, :, 2:4]
+        earlier, later = torch.tril(torch.ones(6, 6), -1)[2:4], torch.triu(torch.ones(6, 6), 1)[2:4]
+        return (rows * earlier).sum((1, 2)) / 2, (rows * later).sum((1, 2)) / 2
+
+    before = shares()
+    assert (before[0] - before[1]).abs().max() < 0.4
+    train_scenes.look_to_both_sides(text_encoder)
+    earlier, later = shares()
+    assert (earlier[:2] > 5 * later[:2]).all() and (later[2:] > 5 * earlier[2:]).all()
+    train_scenes.look_to_both_sides(text_encoder)  # they tell sides already
+    assert torch.equal(shares()[0], earlier)
+
+
 def test_the_text_loss_is_the_surprise_at_each_place_summed(packed):
     folder, _ = packed
     text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text").eval()

@@ -421,6 +421,21 @@ def by_length(batch, generator):
             yield cut | {"heard": batch["heard"][parts[i]]}
 
 
+@torch.no_grad()
+def look_to_both_sides(text_encoder, strength=3.0):
+    """Let the first half of the attention heads look at earlier tokens and the others at later ones, where they do not
+    tell sides yet.
+
+    What is before a token and what is after it are the same to a new T5 encoder, whose bias by relative position is
+    near zero, and training leaves them so for long: it has to learn what to look for and where at the same time.
+    """
+    (bias,) = (p for name, p in text_encoder.named_parameters() if "relative_attention_bias" in name)
+    later, heads = len(bias) // 2, bias.shape[1] // 2  # (num_buckets, num_heads); tokens after have the second half
+    if (bias[1:later].mean(0) - bias[later + 1 :].mean(0)).abs().max() < strength / 2:
+        bias[later:, :heads] -= strength
+        bias[1:later, heads:] -= strength
+
+
 def train_text(models, batches, validation, categories, args, log):
     """Train the text encoder alone on what is heard first, between, last and throughout. Saves it.
 
@@ -428,6 +443,8 @@ def train_text(models, batches, validation, categories, args, log):
     """
     device = models.empty_ids.device
     models.text_encoder.eval()
+    if args.text_seconds:
+        look_to_both_sides(models.text_encoder)
     parameters = [*models.text_encoder.parameters(), *models.heads.parameters()]
     # the bias by relative position begins near zero, and has to become a few units before the attention tells sides
     biases = [p for name, p in models.text_encoder.named_parameters() if "relative_attention_bias" in name]
