@@ -613,17 +613,28 @@ def test_parts_of_a_batch_hold_each_caption_once_and_whole():
 
 
 def test_heads_tell_the_order_of_no_states_that_only_name_the_sounds():
-    """The logits are linear in the mean of the states: tokens in another order have the same."""
+    """The logits depend on the set of states: tokens in another order, or padding, have the same."""
     heads = train_scenes.Heads(8, [5, 7])
     states = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    expected = heads(states, mask)
-    assert [each.shape for each in expected] == [(2, 4, 6), (2, 4, 8)]
     order = torch.tensor([3, 1, 0, 2, 5, 4])
-    for logits, again in zip(expected, heads(states[:, order], mask[:, order]), strict=True):
-        torch.testing.assert_close(logits, again)
-    one, _ = heads(states[:1, :4], mask[:1, :4])
-    torch.testing.assert_close(one, expected[0][:1])
+    expected, again = heads(states, mask), heads(states[:, order], mask[:, order])
+    alone = heads(states[:1, :4], mask[:1, :4])
+    assert [each.shape for both in expected for each in both] == 2 * [(2, 4, 6), (2, 4, 8)]
+    for both, others, first in zip(expected, again, alone, strict=True):
+        for kind in range(2):
+            torch.testing.assert_close(both[kind], others[kind])
+            torch.testing.assert_close(both[kind][:1], first[kind])
+    # the second pair weights tokens for each place
+    with torch.no_grad():
+        heads.query.weight.zero_()
+        heads.query.bias.zero_()
+        uniform = heads(states, mask)[1][0]
+        heads.query.weight[1, 0] = 1e3
+        picked = heads(states, mask)[1][0]
+    assert torch.equal(picked[:, [0, 2, 3]], uniform[:, [0, 2, 3]])
+    largest = states[[0, 1], [int(states[0, :4, 0].argmax()), int(states[1, :, 0].argmax())]]
+    torch.testing.assert_close(picked[:, 1], heads.of_average(largest)[:, :6])
 
 
 def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
@@ -652,20 +663,23 @@ def test_the_text_loss_is_the_surprise_at_each_place_summed(packed):
     folder, _ = packed
     text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text").eval()
     heads = train_scenes.Heads(text_encoder.config.d_model, [3, 4])
-    torch.nn.init.zeros_(heads.out.weight)
-    torch.nn.init.zeros_(heads.out.bias)
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
     models = train_scenes.Models(None, text_encoder, heads, None, (None, None))
     ids = torch.tensor([[5, 6, 1]])
+    mask, nothing = torch.ones_like(ids), torch.zeros(1, 4, 2, 2, dtype=torch.long)
+    heard = nothing.clone()
+    heard[0, 0, 1] = torch.tensor([1, 2])
     with torch.no_grad():
-        losses = models.text_losses(ids, torch.ones_like(ids), torch.zeros(1, 4, 2, 2, dtype=torch.long))[1]
-    assert float(losses) == pytest.approx(4 * np.log(4) + 4 * np.log(5), rel=1e-5)
-    heard = torch.tensor([[[0, 0], [1, 2]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]])[None]
-    with torch.no_grad():
-        heads.out.bias[1] = np.log(2)  # category 1 first
-        heads.out.bias[4 + 2] = np.log(3)  # caption 2 first
-        losses = models.text_losses(ids, torch.ones_like(ids), heard)[1]
-    expected = [3 * np.log(4), 3 * np.log(5), np.log(5) / 2 + np.log(5 / 2) / 2, np.log(7) / 2 + np.log(7 / 3) / 2]
-    assert float(losses) == pytest.approx(sum(expected), rel=1e-5)
+        equal = models.text_losses(ids, mask, nothing)[1]
+        heads.of_mean.bias[1] = np.log(2)  # category 1 first
+        heads.of_mean.bias[4 + 2] = np.log(3)  # caption 2 first
+        unequal = models.text_losses(ids, mask, heard)[1]
+    assert float(equal) == pytest.approx(2 * 4 * (np.log(4) + np.log(5)), rel=1e-5)
+    of_mean = [3 * np.log(4), 3 * np.log(5), np.log(5) / 2 + np.log(5 / 2) / 2, np.log(7) / 2 + np.log(7 / 3) / 2]
+    assert float(unequal) == pytest.approx(4 * np.log(4) + 4 * np.log(5) + sum(of_mean), rel=1e-5)
+    models.freeze_text_encoder()
+    assert not models.text_losses(ids, mask, heard)[1].any()
 
 
 def test_the_loss_is_that_of_training_objective():

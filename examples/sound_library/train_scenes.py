@@ -323,19 +323,31 @@ def v_loss(scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0):
 
 
 class Heads(torch.nn.Module):
-    """Logits of what is heard at each place of a scene, from the mean of the states of the text encoder, by a linear
-    layer, which can only tell the order if the states do. `(batch, 4, 1 + number)` for categories and for captions;
-    the first class is nothing."""
+    """Logits of what is heard at each place of a scene, from the states of the text encoder, by linear layers.
+
+    Twice: from the mean of the states, which can only tell the order if the states do, and from averages whose weights
+    depend on the states, one for each place. Those are learnt sooner, since it is enough that the states of a sound
+    tell its place; with them the states come to tell it, which the others then use.
+
+    Returns:
+        `list` of two pairs of logits, for categories and for captions, `(batch, 4, 1 + number)`. The first class is
+        nothing.
+    """
 
     def __init__(self, width, numbers):
         super().__init__()
         self.sizes = [1 + number for number in numbers]
-        self.out = torch.nn.Linear(width, len(PLACES) * sum(self.sizes))
+        self.query = torch.nn.Linear(width, len(PLACES))
+        self.of_mean = torch.nn.Linear(width, len(PLACES) * sum(self.sizes))
+        self.of_average = torch.nn.Linear(width, sum(self.sizes))
 
     def forward(self, states, mask):
         mask = mask[..., None].to(states.dtype)
         mean = (states * mask).sum(1) / mask.sum(1)  # (batch, width)
-        return self.out(mean).unflatten(1, (len(PLACES), -1)).float().split(self.sizes, 2)
+        weights = self.query(states).masked_fill(mask == 0, -1e4).softmax(1)  # (batch, num_tokens, 4)
+        averages = weights.transpose(1, 2) @ states  # (batch, 4, width)
+        logits = (self.of_mean(mean).unflatten(1, (len(PLACES), -1)), self.of_average(averages))
+        return [each.float().split(self.sizes, 2) for each in logits]
 
 
 class Models:
@@ -362,7 +374,8 @@ class Models:
             return states, torch.zeros(len(ids), device=states.device)
         losses = [
             F.cross_entropy(logits.transpose(1, 2), heard[..., sound, kind], reduction="none").sum(1) / 2
-            for kind, logits in enumerate(self.heads(states, mask))
+            for both in self.heads(states, mask)
+            for kind, logits in enumerate(both)
             for sound in range(2)
         ]
         return states, sum(losses)  # sums, not means over the many classes: nearly all of them are absent
@@ -401,7 +414,7 @@ class Models:
         """Share of "A then B" for which the heads put A before B; 0.5 by chance."""
         device = self.empty_ids.device
         ids, mask = (torch.from_numpy(batch[name]).to(device) for name in ("ids", "mask"))
-        logits = self.heads(self.text_encoder(ids, attention_mask=mask)[0], mask)[0].log_softmax(2).cpu()
+        logits = self.heads(self.text_encoder(ids, attention_mask=mask)[0], mask)[0][0].log_softmax(2).cpu()
         pairs = [[1 + categories.index(category) for category in scene.categories] for scene in scenes]
         right = [row[0, a] + row[2, b] > row[2, a] + row[0, b] for row, (a, b) in zip(logits, pairs, strict=True)]
         return round(float(np.mean(right)), 3)
@@ -448,8 +461,12 @@ def train_text(models, batches, validation, categories, args, log):
     parameters = [*models.text_encoder.parameters(), *models.heads.parameters()]
     # the bias by relative position begins near zero, and has to become a few units before the attention tells sides
     biases = [p for name, p in models.text_encoder.named_parameters() if "relative_attention_bias" in name]
-    others = [p for p in parameters if all(p is not bias for bias in biases)]
-    groups = [{"params": others, "lr_factor": 1}, {"params": biases, "lr_factor": 10, "weight_decay": 0.0}]
+    others = [p for p in models.text_encoder.parameters() if all(p is not bias for bias in biases)]
+    groups = [
+        {"params": others, "lr_factor": 1},
+        {"params": biases, "lr_factor": 10, "weight_decay": 0.0},
+        {"params": models.heads.parameters(), "lr_factor": 5},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.text_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(25)
 
