@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,9 @@ from pipeline_tango.mel import NUM_MEL_BINS
 from pipeline_tango.sound_files import write_atomically
 
 from .run import shards_weights
+
+
+logger = get_logger(__name__)
 
 
 # SD 2.1's schedule, which the released checkpoints were trained with
@@ -38,11 +42,19 @@ class Denoiser(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, noisy_latents, timesteps, text, attention_mask):
-        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains."""
+    def forward(self, noisy_latents, timesteps, text, attention_mask, timestep_cond=None):
+        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains.
+        `timestep_cond`: embedding of a guidance scale, for UNets that read one."""
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
-        return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            text,
+            timestep_cond=timestep_cond,
+            encoder_attention_mask=attention_mask,
+            return_dict=False,
+        )[0]
 
 
 def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
@@ -112,8 +124,53 @@ def prepare_denoiser(
     return Denoiser(pipe.unet, pipe.text_encoder if train_text_encoder else None).train()
 
 
+def lora_config(args):
+    """The `peft.LoraConfig` that the flags ask for, or None."""
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or args.lora_rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets,
+        use_dora=args.use_dora,
+    )
+
+
 def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def build_optimizer(args, parameters):
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW(parameters, fused=args.fused_adam or None, **options)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def log_memory(args, accelerator, pipe, parameters):
+    """Log what trains and about how much memory it takes."""
+    trains_text = getattr(args, "train_text_encoder", False)
+    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if trains_text else "UNet"
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    models = (pipe.unet, pipe.text_encoder, pipe.vae)
+    num_bytes = sum(each.numel() * each.element_size() for model in models for each in model.parameters())
+    num_bytes += num_trained * 4 * (1.5 if args.use_8bit_adam else 3)
+    logger.info(
+        f"training the {what}: {num_trained:,} parameters on {accelerator.device}, {accelerator.num_processes} "
+        f"process(es); weights, gradients and optimizer take about {num_bytes / 2**30:.1f} GiB, activations on top"
+    )
 
 
 def checkpoint_trained_weights_only(accelerator):
@@ -152,13 +209,15 @@ def gather_weights(accelerator, pipe, model):
             getattr(pipe, component).load_state_dict(state)
 
 
-def save_lora(pipe, folder):
-    """The LoRA layers as a file that `load_lora_weights` reads."""
+def save_lora(pipe, folder, student=None):
+    """The LoRA layers as a file that `load_lora_weights` reads, of a `student` if that is given."""
     from peft.utils import get_peft_model_state_dict
 
     config = pipe.unet.peft_config["default"].to_dict()
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    TangoPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config)
+    TangoPipeline.save_lora_weights(
+        folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config, student=student
+    )
     sort_metadata(Path(folder) / "pytorch_lora_weights.safetensors")
 
 

@@ -4,7 +4,6 @@ Everything random is drawn from generators keyed by the seed and by what is draw
 killed and resumed is bitwise equal to an unbroken one.
 """
 
-import copy
 import math
 import sys
 import time
@@ -15,7 +14,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.optimization import get_scheduler
-from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
@@ -36,17 +34,17 @@ from .arguments import (
 from .batches import keyed_generator, step_loader
 from .data import ClipDataset, prepare_clips
 from .denoiser import (
+    build_optimizer,
     build_pipeline,
     checkpoint_trained_weights_only,
-    gather_weights,
+    log_memory,
+    lora_config,
     prepare_denoiser,
-    save_lora,
     set_schedule,
     trained_parameters,
 )
 from .latents import Encoders, cache_dataset
 from .mixing import augment
-from .model_card import base_model, copy_sounds, write_card
 from .objective import (
     check_scheduler,
     diffusion_loss,
@@ -57,6 +55,7 @@ from .objective import (
     sample_timesteps,
     snr,
 )
+from .results import make_sounds, push_result, save_result
 from .run import (
     averaged,
     catch_sigterm,
@@ -67,7 +66,6 @@ from .run import (
     mean_figures,
     open_log,
     progress_bar,
-    replacing,
     run,
     save_checkpoint,
     shards_weights,
@@ -75,7 +73,6 @@ from .run import (
     stop_early,
     stop_requested,
     tail_mean,
-    write_sound,
 )
 
 
@@ -230,37 +227,6 @@ def load_pipeline(args, weight_dtype):
     return pipe
 
 
-def build_optimizer(args, parameters):
-    options = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=args.fused_adam or None, **options)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
-
-
-def lora_config(args):
-    """The `peft.LoraConfig` that the flags ask for, or None."""
-    if not args.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha or args.lora_rank,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_targets,
-        use_dora=args.use_dora,
-    )
-
-
 def loss_weights(scheduler, timesteps, snr_gamma, snr_weighting):
     """min-SNR weights of the samples' losses; None without `snr_gamma`."""
     if snr_gamma is None:
@@ -315,59 +281,6 @@ def validate(accelerator, model, scheduler, encoders, dataset, num_timesteps):
     sums = accelerator.reduce(sums, reduction="sum")
     means = (sums[:-1] / sums[-1]).tolist()
     return sum(means) / len(means), dict(zip(timesteps.tolist(), means))
-
-
-def make_sounds(args, accelerator, pipe, step):
-    """Sounds and spectrograms for the validation prompts, in `samples/step-<step>`."""
-    folder = Path(args.output_dir) / "samples" / f"step-{step}"
-    pipe = copy.copy(pipe)  # `from_pipe` would cast the models that are being trained
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(desc="validation sounds", leave=False)
-    sampling_rate = pipe.vocoder.config.sampling_rate
-    pipe.unet.eval()
-    for i, prompt in enumerate(args.validation_prompts):
-        with accelerator.autocast():
-            audio = pipe(
-                prompt,
-                num_inference_steps=args.num_validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=torch.Generator().manual_seed(args.seed + i),
-            ).audios[0]
-        write_sound(folder, i + 1, audio, sampling_rate, prompt)
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_audio(prompt, torch.from_numpy(audio)[None], step, sample_rate=sampling_rate)
-            if tracker.name == "wandb":
-                import wandb
-
-                tracker.log({prompt: wandb.Audio(audio, sample_rate=sampling_rate, caption=prompt)}, step=step)
-    pipe.unet.train()
-
-
-def save_result(args, accelerator, pipe, model, name, summary):
-    """The trained weights with a card under `output_dir/name`: a diffusers folder, or a LoRA file."""
-    if not args.lora_rank:
-        gather_weights(accelerator, pipe, model)
-    if not accelerator.is_main_process:
-        return
-    metadata = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-audio",
-        "tags": ["tango", "text-to-audio", *(["lora"] if args.lora_rank else [])],
-    }
-    base = args.pretrained_model_name_or_path
-    metadata |= base_model(base)
-    about = f"Trained with `training.train` of pipeline-tango{f', starting from `{base}`' if base else ''}."
-    code = "from pipeline_tango import TangoPipeline\n\npipe = TangoPipeline.from_pretrained("
-    with replacing(Path(args.output_dir) / name) as folder:
-        if args.lora_rank:
-            save_lora(pipe, folder)
-            code += '"BASE")\npipe.load_lora_weights("THIS_FOLDER_OR_REPO")'
-        else:
-            pipe.save_pretrained(folder)
-            code += '"THIS_FOLDER_OR_REPO")'
-        sounds = copy_sounds(Path(args.output_dir) / "samples", folder, args.validation_prompts)
-        write_card(folder, args, metadata, about, code, summary, sounds)
 
 
 def train(args):
@@ -518,7 +431,15 @@ def train(args):
                         best = validation_loss
                         save_result(args, accelerator, pipe, model, "best", {"step": step, "validation loss": best})
                 if args.validation_prompts and accelerator.is_main_process:
-                    make_sounds(args, accelerator, pipe, step)
+                    make_sounds(
+                        args,
+                        accelerator,
+                        pipe,
+                        step,
+                        DPMSolverMultistepScheduler.from_config(pipe.scheduler.config),
+                        num_inference_steps=args.num_validation_inference_steps,
+                        guidance_scale=args.validation_guidance_scale,
+                    )
             accelerator.wait_for_everyone()
 
         stop = stop_requested(accelerator, signals)
@@ -547,26 +468,6 @@ def train(args):
         if args.push_to_hub:
             push_result(output_dir / name, args.hub_model_id or output_dir.resolve().name, args.private)
     return end(accelerator)
-
-
-def log_memory(args, accelerator, pipe, parameters):
-    """Log what trains and about how much memory it takes."""
-    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if args.train_text_encoder else "UNet"
-    num_trained = sum(parameter.numel() for parameter in parameters)
-    models = (pipe.unet, pipe.text_encoder, pipe.vae)
-    num_bytes = sum(each.numel() * each.element_size() for model in models for each in model.parameters())
-    num_bytes += num_trained * 4 * (1.5 if args.use_8bit_adam else 3)
-    logger.info(
-        f"training the {what}: {num_trained:,} parameters on {accelerator.device}, {accelerator.num_processes} "
-        f"process(es); weights, gradients and optimizer take about {num_bytes / 2**30:.1f} GiB, activations on top"
-    )
-
-
-def push_result(folder, repo_id, private):
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload training result")
-    logger.info(f"pushed to {api.endpoint}/{repo_id}")
 
 
 def main(argv=None):
