@@ -22,10 +22,10 @@ class DeferredModule(ModuleType):
     """Stands for a module until something of it is used, and passes attributes on from then on."""
 
     def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         finder = self.__loader__.finder
-        if finder.is_active and not finder.is_imported(self.__name__):
+        if name.startswith("__") and name != "__version__":  # what importlib and inspect look for in every module
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if finder.is_active and not finder.is_imported(self.__name__) and name != "__version__":
             vars(self)[name] = DeferredName(finder, f"{self.__name__}.{name}")  # another `from` gets the same one
             return vars(self)[name]
         return getattr(finder.import_for_good(self.__name__), name)

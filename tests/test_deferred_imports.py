@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 def run_python(script, *folders):
     """What a script prints as JSON, in a process that has imported nothing yet."""
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    options = {"cwd": ROOT, "env": {"PYTHONPATH": ":".join(map(str, folders or (ROOT,))), "OMP_NUM_THREADS": "1"}}
-    result = subprocess.run(command, capture_output=True, text=True, **options)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders or (ROOT,))), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -23,7 +24,9 @@ def run_python(script, *folders):
 def library(tmp_path):
     """A library that tells in `events` when it is imported, and another that uses it."""
     (tmp_path / "heavy").mkdir()
-    (tmp_path / "heavy" / "__init__.py").write_text("import events; events.seen.append('heavy')\nvalue = 3\n")
+    (tmp_path / "heavy" / "__init__.py").write_text(
+        "import events; events.seen.append('heavy')\nvalue, __version__ = 3, '1'\n"
+    )
     (tmp_path / "heavy" / "parts.py").write_text(
         "import events; events.seen.append('heavy.parts')\n"
         "class Part: pass\n"
@@ -57,13 +60,12 @@ seen = list(events.seen)
         ("user.heavy.value", 3),
         ("user.double(4)", 8),
         ("user.heavy.parts.double(4)", 8),
-        ("type('Mine', (user.Part,), {}).__name__", "Mine"),
+        ("__import__('types').new_class('Mine', (user.Part,)).__name__", "Mine"),
         ("__import__('heavy').value", 3),
+        ("user.heavy.__version__", "1"),
     ],
 )
 def test_a_library_is_imported_when_something_of_it_is_used(library, use, expected):
-    if use.startswith("type"):
-        use = "__import__('types').new_class('Mine', (user.Part,)).__name__"
     script = f"{PRELUDE}\nresult = {use}\nprint(json.dumps([seen, result, events.seen[:3]]))"
     seen, result, after = run_python(script, ROOT, library)
     assert seen == [] and result == expected and after == ["heavy", "heavy.parts", "marked"]
