@@ -97,6 +97,7 @@ from .student import (
     describe_misuse,
     student_adapters,
     student_scheduler,
+    timesteps_of_call,
 )
 from .torch_settings import in_own_torch_settings, own_torch_settings
 from .windows import WindowPlan, blend_windows, window_weights, windows_over
@@ -823,8 +824,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_inference_steps = own_num_steps
         if guidance_scale is None:
             guidance_scale = own_guidance_scale
-        if eta is None and student is not None:
-            eta = student.get("eta")
+        if student is not None:
+            eta = student.get("eta") if eta is None else eta
+            if timesteps is None and sigmas is None:
+                timesteps = timesteps_of_call(student, self.scheduler, num_inference_steps)
         given_guidance_interval = guidance_interval
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval
