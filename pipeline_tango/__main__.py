@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
-MOST_STUDENT_STEPS = 8  # that `--fast` takes with a student
+MOST_STUDENT_STEPS = 8  # that `--fast` takes with a student which does not say
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
 PROMPT_COLUMNS = ("prompt", "captions", "caption", "text")  # as in training, after our own name
 NO_MODEL = (
@@ -606,26 +606,30 @@ def choose_student(args):
     there_is_one = args.model == TANGO_TINY and os.path.isdir(TANGO_TINY_STUDENT)
     if args.student and not there_is_one:
         raise CommandError("--student belongs to tango-tiny: other models become students by --lora")
+    student = TangoPipeline.lora_student(TANGO_TINY_STUDENT) if there_is_one else None
     if args.student is None and args.fast and there_is_one:
         requests = [vars(args), *args.requests]
         asked = [name for name in ("lora", "scheduler", "guidance_interval", "deep_cache") if getattr(args, name)]
         asked += ["guidance" for each in requests if (each.get("guidance") or 0) > 1]
         asked += ["negative_prompt" for each in requests if each.get("negative_prompt")]
-        asked += ["steps" for each in requests if (each.get("steps") or 0) > MOST_STUDENT_STEPS]
+        numbers = student.get("timesteps", list(map(str, range(1, MOST_STUDENT_STEPS + 1))))
+        asked += ["steps" for each in requests if each.get("steps") and str(each["steps"]) not in numbers]
         if asked:
             return None, f" without its student, because of --{asked[0]}"
         args.student = True
     if not args.student:
         return None, ""
-    return TangoPipeline.lora_student(TANGO_TINY_STUDENT), " with its student"
+    return student, " with its student"
 
 
 def check_student_sounds(args, sounds, student):
     """The sounds, records of the manifest, ask for nothing that a student cannot do."""
     if (args.deep_cache or 1) > 1:
         raise CommandError("deep_cache is not for students: the features of their few steps differ too much")
-    weights = student["guidance_scale"]
+    weights, numbers = student["guidance_scale"], None if args.scheduler else student.get("timesteps")
     for sound in sounds:
+        if numbers and str(sound["steps"]) not in numbers:
+            raise CommandError(f"steps must be one of {', '.join(numbers)} for this student, got {sound['steps']}")
         guidance, asked = sound["guidance"], {"negative_prompt": sound["negative_prompt"]}
         if isinstance(weights, list) and not weights[0] <= guidance <= weights[1]:
             raise CommandError(f"guidance must be from {weights[0]:g} to {weights[1]:g}, got {guidance}")
