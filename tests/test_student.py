@@ -149,7 +149,7 @@ def test_a_student_takes_the_timesteps_that_it_was_distilled_for(timed_student, 
         latents_of(timed_student, num_inference_steps=1, **sound)
     options = {"pipe": timed_student, "mask": [(0.1, 0.2)], "audio": noise(4800), "guidance_scale": None}
     together = call(["rain", "dog"], **options | {"generator": seeds(1, 2)})
-    assert largest_difference(call("dog", **options | {"generator": seeds(2)})[0], together[1]) < 2e-5
+    assert largest_difference(call("dog", **options | {"generator": seeds(2)})[0], together[1]) < 1e-4
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
@@ -201,14 +201,14 @@ def test_a_sound_of_a_student_does_not_depend_on_its_batch(any_student, call, na
     together = call(prompts, pipe=any_student, **options | {"generator": seeds(1, 2)})
     for i, prompt in enumerate(prompts):
         alone = call(prompt, pipe=any_student, **options | {"generator": seeds(i + 1)})
-        assert largest_difference(alone[0], together[i]) < 2e-5
+        assert largest_difference(alone[0], together[i]) < 1e-4
     assert np.isfinite(together).all() and largest_difference(*together) > 1e-3
 
 
 def test_takes_have_seeds_of_their_own(any_student, call):
     options = {"pipe": any_student, "audio_length_in_s": 0.3, "guidance_scale": None, "num_inference_steps": None}
     takes = call(num_waveforms_per_prompt=2, **options | {"generator": seeds(1, 2)})
-    assert largest_difference(call(**options | {"generator": seeds(2)})[0], takes[1]) < 2e-5
+    assert largest_difference(call(**options | {"generator": seeds(2)})[0], takes[1]) < 1e-4
     assert largest_difference(*takes) > 1e-3
 
 
