@@ -199,7 +199,7 @@ def test_a_student_takes_the_numbers_of_steps_that_it_was_distilled_for(
     monkeypatch.setattr("pipeline_tango.__main__.TANGO_TINY_STUDENT", str(tmp_path))
     rain = ["rain", "--model", str(tiny_folder), "--device", "cpu"]
     status, line = error_of(*rain, "--student", "--steps", 3)
-    assert status == 2 and "steps must be one of 4, 1 for this student, got 3" in line
+    assert status == 2 and "steps must be one of 4, 1, which the student was distilled for, got 3" in line
     for steps, note in (("3", " without its student, because of --steps"), ("1", " with its student")):
         args = parse_arguments([*rain, "--fast", "--steps", steps])
         found = choose_student(args)
