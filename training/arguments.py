@@ -41,14 +41,15 @@ def build_parser(module, description, launch=True):
     return argparse.ArgumentParser(prog=program_name(module), description=description, formatter_class=HelpFormatter)
 
 
-def add_data_arguments(parser, description=None):
+def add_data_arguments(parser, description=None, with_audio_column=True):
     """Which sounds a script trains on. Returns the group, for what else the script asks of them."""
     data = parser.add_argument_group("data", description)
     data.add_argument("--train_manifest", help="JSON lines, CSV, or a folder with metadata.csv or metadata.jsonl")
     data.add_argument("--validation_manifest", help="the same for validation (default: none)")
     data.add_argument("--dataset_name", help="a `datasets` data set by name or path, instead of a manifest")
     data.add_argument("--dataset_split", default="train", help="its split")
-    data.add_argument("--audio_column", help="column of the sound (default: by convention)")
+    if with_audio_column:
+        data.add_argument("--audio_column", help="column of the sound (default: by convention)")
     data.add_argument("--audio_root", help="folder that relative paths start from (default: the manifest's)")
     data.add_argument("--min_length_in_s", type=NOT_NEGATIVE, default=0.1, help="shorter sounds count as bad data")
     data.add_argument(
@@ -83,6 +84,15 @@ def add_ema_arguments(group, ema_decay):
         "--use_ema", action="store_true", help="keep an exponential moving average of the weights and save it"
     )
     group.add_argument("--ema_decay", type=FRACTION, default=ema_decay, help="decay of the moving average")
+
+
+def add_precision_arguments(group):
+    group.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
+    )
+    group.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast (default: accelerate's setting)"
+    )
 
 
 def add_pool_argument(group):
@@ -125,12 +135,38 @@ def add_schedule_arguments(steps):
     steps.add_argument("--seed", type=INDEX, default=0, help="of everything random")
 
 
+def add_optimizer_arguments(steps):
+    """What the trainers of the UNet ask of AdamW and its schedule beside the flags that every script has."""
+    steps.add_argument("--lr_num_cycles", type=COUNT, default=1, help="cycles of cosine_with_restarts")
+    steps.add_argument("--lr_power", type=POSITIVE, default=1.0, help="power of the polynomial schedule")
+    steps.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
+    steps.add_argument("--fused_adam", action="store_true", help="fused kernel of AdamW")
+
+
 def add_checkpoint_arguments(parser):
     checkpoints = parser.add_argument_group("checkpoints")
     checkpoints.add_argument("--output_dir", required=True, help="folder of checkpoints, log and result")
     checkpoints.add_argument("--checkpointing_steps", type=COUNT, default=500, help="steps between checkpoints")
     checkpoints.add_argument("--checkpoints_total_limit", type=COUNT, help="number to keep; older ones are removed")
     checkpoints.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint's folder")
+
+
+def add_validation_arguments(parser):
+    """When a trainer of the UNet validates, and on what."""
+    validation = parser.add_argument_group("validation")
+    validation.add_argument("--validation_steps", type=COUNT, default=500, help="steps between validations")
+    validation.add_argument(
+        "--num_validation_timesteps", type=COUNT, default=8, help="timesteps of the validation loss"
+    )
+    validation.add_argument(
+        "--validation_prompts", nargs="+", default=[], help="generate sounds for these at each validation"
+    )
+    validation.add_argument(
+        "--num_validation_inference_steps", type=COUNT, default=25, help="DPM++ steps of these sounds"
+    )
+    validation.add_argument(
+        "--validation_guidance_scale", type=NOT_NEGATIVE, default=3.0, help="guidance scale of these sounds"
+    )
 
 
 def add_report_arguments(parser):
@@ -140,6 +176,12 @@ def add_report_arguments(parser):
         "--report_to", choices=("none", "tensorboard", "wandb"), default="none", help="tracker of the figures"
     )
     return reports
+
+
+def add_push_arguments(reports):
+    reports.add_argument("--push_to_hub", action="store_true", help="upload the result with its card")
+    reports.add_argument("--hub_model_id", help="owner/name (default: the name of the output folder)")
+    reports.add_argument("--private", action="store_true", help="make it a private repo")
 
 
 def check_arguments(parser, args):

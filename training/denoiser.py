@@ -1,6 +1,8 @@
 """The models that trainings of the UNet start from, what of them gets gradients, and how it is saved."""
 
+import copy
 import json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,6 +49,42 @@ class Denoiser(torch.nn.Module):
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
         return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
+
+
+class Reference:
+    """The weights that a training of the UNet starts from, to be called as a `Denoiser`, without gradients.
+
+    With LoRA they are the UNet's own, with the layers that train off. Otherwise they are a frozen copy.
+
+    Args:
+        unet ([`UNet2DConditionModel`]): the one that trains, before its first step.
+        has_lora (`bool`): whether only LoRA layers of it train.
+        dtype (`torch.dtype`): of the copy.
+    """
+
+    def __init__(self, unet, has_lora, dtype=torch.float32):
+        self.has_lora, self.dtype = has_lora, dtype
+        self.unet = unet if has_lora else copy.deepcopy(unet).requires_grad_(False).eval().to(dtype)
+
+    @torch.no_grad()
+    def __call__(self, noisy_latents, timesteps, text, attention_mask):
+        if not self.has_lora:
+            noisy_latents, text = noisy_latents.to(self.dtype), text.to(self.dtype)
+        was_training = self.unet.training
+        self.unet.eval()
+        with adapters_off(self.unet) if self.has_lora else nullcontext():
+            model_pred = Denoiser(self.unet)(noisy_latents, timesteps, text, attention_mask)
+        self.unet.train(was_training)
+        return model_pred
+
+
+@contextmanager
+def adapters_off(unet):
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
 
 
 def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
@@ -153,7 +191,13 @@ def build_optimizer(args, parameters):
 
 def log_memory(args, accelerator, pipe, parameters):
     """Log what trains and about how much memory it takes."""
-    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if args.train_text_encoder else "UNet"
+    what = (
+        "LoRA layers"
+        if args.lora_rank
+        else "UNet and text encoder"
+        if getattr(args, "train_text_encoder", False)
+        else "UNet"
+    )
     num_trained = sum(parameter.numel() for parameter in parameters)
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     num_bytes = sum(each.numel() * each.element_size() for model in models for each in model.parameters())
