@@ -24,6 +24,7 @@ COMMANDS = {
     "tango-cache": "pipeline_tango.converted",
     "tango-convert": "pipeline_tango.convert.convert_tango",
     "tango-copy-synthesis": "pipeline_tango.training.copy_synthesis",
+    "tango-dpo": "pipeline_tango.training.train_dpo",
     "tango-evaluate": "pipeline_tango.training.evaluate",
     "tango-listening-test": "pipeline_tango.training.listening_test",
     "tango-publish": "pipeline_tango.convert.publish",

@@ -64,7 +64,9 @@ class Reference:
 
     def __init__(self, unet, has_lora, dtype=torch.float32):
         self.has_lora, self.dtype = has_lora, dtype
-        self.unet = unet if has_lora else copy.deepcopy(unet).requires_grad_(False).eval().to(dtype)
+        self.unet = unet if has_lora else copy.deepcopy(unet).requires_grad_(False).eval()
+        if not has_lora and dtype != unet.dtype:
+            self.unet.to(dtype)
 
     @torch.no_grad()
     def __call__(self, noisy_latents, timesteps, text, attention_mask):
