@@ -27,6 +27,7 @@ COMMANDS = {
     "tango-dpo": "pipeline_tango.training.train_dpo",
     "tango-evaluate": "pipeline_tango.training.evaluate",
     "tango-listening-test": "pipeline_tango.training.listening_test",
+    "tango-preferences": "pipeline_tango.training.preferences",
     "tango-publish": "pipeline_tango.convert.publish",
     "tango-train": "pipeline_tango.training.train",
     "tango-train-autoencoder": "pipeline_tango.training.train_autoencoder",

