@@ -337,6 +337,9 @@ def train(args):
         num_micro_steps=args.gradient_accumulation_steps,
     )
     log_memory(args, accelerator, pipe, parameters)
+    if not args.lora_rank:
+        num_bytes = sum(each.numel() * each.element_size() for each in reference.unet.parameters())
+        logger.info(f"the reference is a copy of the UNet, which takes {num_bytes / 2**30:.1f} GiB more")
     logger.info(f"data: {len(dataset)} pairs; validation: {len(validation_dataset)}")
     log_plan(first_step, num_steps, step_size, len(dataset), "pairs")
 
