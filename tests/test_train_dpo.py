@@ -199,6 +199,15 @@ def test_wrong_input_is_one_clear_error(arguments, tmp_path, capsys, flags, mess
     assert not (tmp_path / "model").exists()
 
 
+def test_a_student_of_few_steps_is_refused(arguments, short_folder, tmp_path, capsys):
+    folder = shutil.copytree(short_folder, tmp_path / "student")
+    index = json.loads((folder / "model_index.json").read_text())
+    student = {"scheduler": "lcm", "scheduler_options": {}, "num_inference_steps": 4, "guidance_scale": 3.0}
+    (folder / "model_index.json").write_text(json.dumps(index | {"student": student}))
+    assert main(arguments(tmp_path / "out", "--pretrained_model_name_or_path", folder)) == 1
+    assert "is a student of few steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

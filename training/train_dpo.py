@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, Number
+from pipeline_tango.student import STUDENT_KEY
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -262,6 +263,11 @@ def train(args):
             "default": torch.float32,
         },
     )
+    if pipe.config.get(STUDENT_KEY) or pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"`--pretrained_model_name_or_path`: {args.pretrained_model_name_or_path} is a student of few steps, "
+            "which training would undo: align its teacher, and distil that"
+        )
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # adds noise by any timestep, and has velocities
