@@ -300,7 +300,7 @@ def train(args):
     for pairs in (train_pairs, validation_pairs):
         clips = [clip for side in zip(*pairs, strict=True) for clip in side]  # all chosen ones, then the rejected
         sounds = ClipDataset(clips, sampling_rate=sampling_rate, num_samples=num_samples, crop="head", seed=args.seed)
-        if args.cache_dir:
+        if args.cache_dir and pairs:
             sounds = cache_dataset(accelerator, encoders, sounds, args.cache_dir)
         datasets.append(PairDataset(sounds))
     dataset, validation_dataset = datasets
