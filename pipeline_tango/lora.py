@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from huggingface_hub import constants, model_info, snapshot_download
@@ -119,17 +120,7 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             pretrained_model_name_or_path_or_dict = dict(pretrained_model_name_or_path_or_dict)
         state_dict, metadata, student = self._fetch_lora(pretrained_model_name_or_path_or_dict, **kwargs)
-        strangers = [key for key in state_dict if "lora" not in key or not key.startswith(f"{self.unet_name}.")]
-        if strangers or not state_dict:
-            raise ValueError(
-                f"Not a LoRA file for the UNet: every key has to start with '{self.unet_name}.' and contain 'lora', "
-                f"but {f'{len(strangers)} do not, such as {strangers[0]!r}' if strangers else 'there is none'}."
-            )
-        check_lora(state_dict, metadata, self.unet, self.unet_name)
-        if student is not None:
-            check_guidance_input(student, self.unet, self.config.default_guidance_scale)
-            if self.config.get(STUDENT_KEY) is not None:
-                raise ValueError("The UNet is a student already: load a LoRA that makes one into its teacher.")
+        self._check_lora(state_dict, metadata, student)
         with self._following_student():
             names = set(getattr(self.unet, "peft_config", None) or {})
             if not names:  # peft freezes them
@@ -145,6 +136,40 @@ class TangoLoraLoaderMixin(LoraBaseMixin):
             )
             (name,) = [adapter_name] if adapter_name else self.unet.peft_config.keys() - names
             setattr(self.unet.peft_config[name], STUDENT_KEY, student)  # there as long as the adapter is
+
+    def merge_lora_weights(self, pretrained_model_name_or_path_or_dict, lora_scale=1.0, **kwargs):
+        """Add a LoRA's weights, times `lora_scale`, to those of the UNet for good, as `load_lora_weights`, `fuse_lora`
+        and `unload_lora_weights` do one after the other, but without peft. A UNet that becomes a student by it is
+        registered as one.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): see `lora_state_dict`, which also
+                gets `kwargs`.
+            lora_scale (`float`, *optional*, defaults to 1.0)
+
+        Raises:
+            ValueError: as `load_lora_weights`, or if the file or the UNet is of a kind that only peft can merge. The
+                UNet is as it was.
+        """
+        state_dict, metadata, student = self._fetch_lora(pretrained_model_name_or_path_or_dict, **kwargs)
+        self._check_lora(state_dict, metadata, student)
+        merge_lora(state_dict, metadata, self.unet, self.unet_name, lora_scale)
+        if student is not None:
+            self.register_student(student)
+
+    def _check_lora(self, state_dict, metadata, student):
+        """Check that a LoRA file is one for the UNet."""
+        strangers = [key for key in state_dict if "lora" not in key or not key.startswith(f"{self.unet_name}.")]
+        if strangers or not state_dict:
+            raise ValueError(
+                f"Not a LoRA file for the UNet: every key has to start with '{self.unet_name}.' and contain 'lora', "
+                f"but {f'{len(strangers)} do not, such as {strangers[0]!r}' if strangers else 'there is none'}."
+            )
+        check_lora(state_dict, metadata, self.unet, self.unet_name)
+        if student is not None:
+            check_guidance_input(student, self.unet, self.config.default_guidance_scale)
+            if self.config.get(STUDENT_KEY) is not None:
+                raise ValueError("The UNet is a student already: load a LoRA that makes one into its teacher.")
 
     @contextlib.contextmanager
     def _following_student(self):
@@ -337,6 +362,43 @@ def repo_files(repo, options):
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
+def tensors_of_lora(state_dict, prefix):
+    """The tensors of a LoRA by peft's names, from any format that diffusers reads."""
+    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state_dict.items()}
+    return tensors if "lora_A" in next(iter(tensors)) else convert_unet_state_dict_to_peft(tensors)
+
+
+def merge_lora(state_dict, metadata, unet, prefix, lora_scale=1.0):
+    """Add the products of a LoRA's matrices, in float32, to the weights of a UNet. Arguments as of [`check_lora`],
+    which they have passed.
+
+    Raises:
+        ValueError: if the adapter has more than these products, or the UNet has adapters or quantised weights.
+    """
+    unet = getattr(unet, "_orig_mod", unet)  # inside `torch.compile`
+    tensors = tensors_of_lora(state_dict, prefix)
+    options = {name.removeprefix(f"{prefix}."): value for name, value in (metadata or {}).items()}
+    others = sorted({name.split(".lora_")[1] for name in tensors} - {"A.weight", "B.weight"})
+    others += [name for name in ("use_rslora", "use_dora") if options.get(name)]
+    if others:
+        raise ValueError(f"A LoRA with {others} cannot be merged without peft: load it, then call `fuse_lora()`.")
+    if getattr(unet, "peft_config", None):
+        raise ValueError(
+            "The UNet has adapters, into which no LoRA can be merged: call `unload_lora_weights()` before."
+        )
+    if getattr(unet, "hf_quantizer", None) is not None:
+        raise ValueError("The UNet is quantised, and no LoRA can be merged into it: load the LoRA instead.")
+    patterns = options.get("alpha_pattern") or {}
+    with torch.no_grad():
+        for name in sorted({name.split(".lora_")[0] for name in tensors}):
+            down, up = (tensors[f"{name}.lora_{each}.weight"].float() for each in "AB")
+            alpha = next((patterns[key] for key in patterns if re.fullmatch(rf"(.*\.)?({key})", name)), None)
+            alpha = options.get("lora_alpha", len(down)) if alpha is None else alpha
+            weight = unet.get_submodule(name).weight
+            product = (up.flatten(1) @ down.flatten(1)).view(weight.shape)  # (out, in) or (out, in, kernel, kernel)
+            weight.copy_(weight.float() + lora_scale * alpha / len(down) * product.to(weight.device))
+
+
 def check_lora(state_dict, metadata, unet, prefix):
     """Check that a LoRA belongs to a UNet and is whole.
 
@@ -350,9 +412,7 @@ def check_lora(state_dict, metadata, unet, prefix):
         ValueError: naming what is missing or does not fit.
     """
     unet = getattr(unet, "_orig_mod", unet)  # inside `torch.compile`
-    tensors = {name.removeprefix(f"{prefix}."): tensor for name, tensor in state_dict.items()}
-    if "lora_A" not in next(iter(tensors)):
-        tensors = convert_unet_state_dict_to_peft(tensors)
+    tensors = tensors_of_lora(state_dict, prefix)
     pattern = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)")
     unknown = [name for name in tensors if not pattern.fullmatch(name)]
     modules = {match[1]: None for match in map(pattern.fullmatch, tensors) if match}

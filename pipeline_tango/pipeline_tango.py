@@ -97,6 +97,7 @@ from .student import (
     describe_misuse,
     student_adapters,
     student_scheduler,
+    timesteps_of_call,
 )
 from .torch_settings import in_own_torch_settings, own_torch_settings
 from .windows import WindowPlan, blend_windows, window_weights, windows_over
@@ -722,7 +723,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Number of waveforms for each prompt; those of a prompt are next to each other in the output.
             eta (`float`, *optional*):
                 The eta of DDIM (https://huggingface.co/papers/2010.02502), and the gamma of TCD. Defaults to the
-                scheduler's own; other schedulers ignore it.
+                scheduler's own, or the student's; other schedulers ignore it.
             timesteps (`list[int]`, *optional*):
                 Timesteps to use, descending, instead of `num_inference_steps` evenly spaced ones, with schedulers that
                 support it.
@@ -823,6 +824,10 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_inference_steps = own_num_steps
         if guidance_scale is None:
             guidance_scale = own_guidance_scale
+        if student is not None:
+            eta = student.get("eta") if eta is None else eta
+            if timesteps is None and sigmas is None:
+                timesteps = timesteps_of_call(student, self.scheduler, num_inference_steps)
         given_guidance_interval = guidance_interval
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval

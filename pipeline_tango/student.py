@@ -9,6 +9,7 @@ from .schedule import SCHEDULERS
 
 STUDENT_KEY = "student"  # in the config of a pipeline, and in the metadata of a LoRA file
 STUDENT_ENTRIES = ("scheduler", "scheduler_options", "num_inference_steps", "guidance_scale")
+OPTIONAL_ENTRIES = ("eta", "timesteps")
 MAX_OUTER_GUIDANCE = 2.0  # classifier-free guidance of a student beyond the one inside
 
 
@@ -17,7 +18,7 @@ def check_student(student):
     pipeline is the student, and the same as JSON in the metadata of a LoRA file.
 
     Args:
-        student (`dict`), with exactly these entries:
+        student (`dict`), with these entries and no others:
             scheduler (`str`): short name in [`SCHEDULERS`] of the scheduler that it was distilled for, such as "lcm".
             scheduler_options (`dict`): those options of that scheduler which belong to the student, such as
                 `{"original_inference_steps": 50}`, as values of JSON. Others, such as betas and prediction type, are
@@ -27,6 +28,9 @@ def check_student(student):
                 the UNet, so that a call needs no unconditional rows. `[low, high]` if the weight is an input of the
                 UNet (`time_cond_proj_dim`): a call then takes any `guidance_scale` from `low` to `high`, by default
                 `default_guidance_scale` of the pipeline's config.
+            timesteps (`dict[str, list[int]]`, *optional*): the timesteps of a call of so many steps, where the student
+                was distilled for these alone.
+            eta (`float`, *optional*): what `eta` is in a call where it is not given, if not the scheduler's default.
 
     Returns:
         `dict`: a copy, of plain Python types.
@@ -34,9 +38,12 @@ def check_student(student):
     Raises:
         ValueError: naming the entry, what is accepted and what came.
     """
-    if not isinstance(student, dict) or set(student) != set(STUDENT_ENTRIES):
+    if not isinstance(student, dict) or student.keys() - set(OPTIONAL_ENTRIES) != set(STUDENT_ENTRIES):
         what = list(student) if isinstance(student, dict) else student
-        raise ValueError(f"`student` has to be a dict of {list(STUDENT_ENTRIES)}, not {what!r:.300}.")
+        raise ValueError(
+            f"`student` has to be a dict of {list(STUDENT_ENTRIES)}, and perhaps {list(OPTIONAL_ENTRIES)}, not "
+            f"{what!r:.300}."
+        )
 
     def refuse(entry, accepted):
         raise ValueError(f"`{entry}` of a student has to be {accepted}, not {student[entry]!r:.200}.")
@@ -63,12 +70,39 @@ def check_student(student):
             refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
     elif not is_weight(weight):
         refuse("guidance_scale", "a number of at least 1, or two of them that ascend")
+    optional = {}
+    if "eta" in student:
+        if not (isinstance(student["eta"], Real) and 0 <= student["eta"] <= 1):
+            refuse("eta", "a number from 0 to 1")
+        optional["eta"] = float(student["eta"])
+    if "timesteps" in student:
+        optional["timesteps"] = check_timestep_table(student, refuse)
     return {
         "scheduler": name,
         "scheduler_options": options,
         "num_inference_steps": int(num_steps),
         "guidance_scale": [float(each) for each in weight] if isinstance(weight, (list, tuple)) else float(weight),
+        **optional,
     }
+
+
+def check_timestep_table(student, refuse):
+    """The entry `timesteps` of a student, or a call of `refuse`."""
+    table = student["timesteps"]
+
+    def is_schedule(number, timesteps):
+        return (
+            isinstance(timesteps, (list, tuple))
+            and str(len(timesteps)) == number
+            and all(isinstance(t, Integral) and not isinstance(t, bool) and 0 <= t < 1000 for t in timesteps)
+            and list(timesteps) == sorted(set(timesteps), reverse=True)
+        )
+
+    if not isinstance(table, dict) or not table or not all(is_schedule(*item) for item in table.items()):
+        refuse("timesteps", 'a dict such as `{"2": [999, 380]}`, of as many descending timesteps as the key says')
+    if str(student["num_inference_steps"]) not in table:
+        refuse("timesteps", f'a dict with the key "{student["num_inference_steps"]}", the default number of steps')
+    return {number: list(map(int, timesteps)) for number, timesteps in table.items()}
 
 
 def read_student(metadata):
@@ -123,7 +157,10 @@ def student_adapters(unet, fused_only=False):
 
 def student_scheduler(student, scheduler):
     """The scheduler that a student was distilled for, with the betas and the prediction type of `scheduler`."""
-    return SCHEDULERS[student["scheduler"]].from_config(scheduler.config, **student["scheduler_options"])
+    scheduler_class = SCHEDULERS[student["scheduler"]]
+    known = inspect.signature(scheduler_class).parameters
+    config = {name: value for name, value in scheduler.config.items() if name in known or name.startswith("_")}
+    return scheduler_class.from_config(config, **student["scheduler_options"])
 
 
 def is_scheduler_of(student, scheduler):
@@ -150,6 +187,24 @@ def describe_misuse(student, scheduler, guidance_scale):
             f"The student has guidance of {weight:g} inside, to which a `guidance_scale` of {guidance_scale:g} adds "
             f"more, at twice the work: leave it out, or give at most {MAX_OUTER_GUIDANCE:g}."
         )
+
+
+def timesteps_of_call(student, scheduler, num_inference_steps):
+    """The timesteps that a student was distilled for, as a list, for a call of so many steps. `None` if it was for
+    any, or if `scheduler` is another one than its own.
+
+    Raises:
+        ValueError: if it was distilled for other numbers of steps.
+    """
+    if "timesteps" not in student or not is_scheduler_of(student, scheduler):
+        return None
+    if str(num_inference_steps) not in student["timesteps"]:
+        numbers = ", ".join(student["timesteps"])
+        raise ValueError(
+            f"`num_inference_steps` has to be one of {numbers}, which the student was distilled for, not "
+            f"{num_inference_steps}. For others give `timesteps`, or set the student aside."
+        )
+    return list(student["timesteps"][str(num_inference_steps)])
 
 
 def call_defaults(config, student):

@@ -4,24 +4,24 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import LONG, build_components, count_rows, largest_difference, noise, seeds
+from conftest import (
+    LONG,
+    MOVING,
+    STUDENT,
+    build_components,
+    count_rows,
+    largest_difference,
+    noise,
+    seeds,
+    student_layers,
+)
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_schedule import know_the_answer
 
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.student import check_student
-
-
-STUDENT = {
-    "scheduler": "lcm",
-    "scheduler_options": {"original_inference_steps": 50},
-    "num_inference_steps": 4,
-    "guidance_scale": 4.0,
-}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ STUDENT = {
         ("guidance_scale", [8.0, 1.0]),
         ("guidance_scale", [1.0]),
         ("guidance_scale", float("inf")),
+        ("eta", 1.5),
+        ("eta", None),
     ],
 )
 def test_what_is_no_student_is_refused_by_the_name_of_the_entry(entry, value):
@@ -50,30 +52,10 @@ def test_what_is_no_student_is_refused_by_the_name_of_the_entry(entry, value):
 
 def test_a_student_has_all_entries_and_no_others():
     assert check_student(STUDENT | {"guidance_scale": (1, 8)}) == STUDENT | {"guidance_scale": [1.0, 8.0]}
+    assert check_student(STUDENT | {"eta": 0})["eta"] == 0.0
     for wrong in (None, "lcm", {"scheduler": "lcm"}, STUDENT | {"steps": 4}):
         with pytest.raises(ValueError, match="`student` has to be a dict of"):
             check_student(wrong)
-
-
-def student_layers(pipe, seed=1, rank=4):
-    """LoRA layers (state dict) of the kinds of layers that an LCM-LoRA has, and their metadata."""
-    unet = UNet2DConditionModel.from_config(pipe.unet.config)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1"]
-    targets += ["conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    generator = torch.Generator().manual_seed(seed)
-    layers = get_peft_model_state_dict(unet)
-    layers = {name: 0.1 * torch.randn(each.shape, generator=generator) for name, each in layers.items()}
-    return layers, unet.peft_config["default"].to_dict()
-
-
-@pytest.fixture(scope="session")
-def student_folder(tmp_path_factory):
-    """A LoRA of random weights that says that it makes a student. Shared by the session: never write into it."""
-    folder = tmp_path_factory.mktemp("student") / "lora"
-    layers, metadata = student_layers(TangoPipeline(**build_components()))
-    TangoPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata, student=STUDENT)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +112,19 @@ def test_explicit_values_override_those_of_the_student(student_pipe):
     assert rows == [2, 2]
 
 
+def test_a_student_may_have_an_eta_of_its_own(student_pipe):
+    (config,) = student_pipe.unet.peft_config.values()
+    scheduler = student_pipe.scheduler
+    student_pipe.scheduler = SCHEDULERS["tcd"].from_config(scheduler.config)
+    runs = {eta: latents_of(student_pipe, eta=eta) for eta in (0.0, 0.3, None)}
+    assert torch.equal(runs[None], runs[0.3]) and not torch.equal(runs[None], runs[0.0])
+    config.student = STUDENT | {"scheduler": "tcd", "eta": 0.0}
+    assert torch.equal(latents_of(student_pipe), runs[0.0])
+    config.student, student_pipe.scheduler = STUDENT, scheduler
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
-@pytest.mark.parametrize("strength", [0.2, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("strength", [0.2, 0.7, 1.0])
 def test_a_student_takes_all_its_steps_in_the_fraction_that_strength_says(
     any_student, call, monkeypatch, num_steps, strength
 ):
@@ -159,17 +152,14 @@ def test_a_strength_that_leaves_fewer_timesteps_than_steps_is_refused(student_pi
 
 INPUTS = {
     "text": {},
-    "windows": LONG,
     "sequential windows": LONG | {"window_order": "sequential"},
-    "several windows at once": LONG | {"window_batch_size": 3},
-    "moving": LONG | {"prompt": [[(0.0, "rain"), (0.6, "dog")], [(0.0, "dog"), (0.6, "rain")]]},
+    "moving": LONG | {"window_batch_size": 3, "prompt": [MOVING, [(0.0, "dog"), (0.6, "rain")]]},
     "variation": {"audio": noise(4800), "strength": 0.6},
     "inpainting": {"audio": noise(4800), "mask": [(0.1, 0.2)]},
     "continuation": {"audio": noise(4800), "audio_length_in_s": 0.6, "window_length_in_s": 0.32},
     "band": {"audio": noise(4800), "frequency_mask_in_hz": (4000, 8000)},
     "guided": {"guidance_scale": 1.5},
     "scaled": {"cross_attention_kwargs": {"scale": 0.5}},
-    "four steps": {"num_inference_steps": 4},
     "one step": {"num_inference_steps": 1},
 }
 
@@ -303,9 +293,41 @@ def test_a_fused_student_is_saved_as_a_pipeline(pipe, student_folder, tmp_path):
     for loaded in (TangoPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path, **code)):
         loaded.set_progress_bar_config(disable=True)
         assert loaded.student == STUDENT and largest_difference(latents_of(loaded), loose) < 1e-4
-    with pytest.raises(ValueError, match="is a student already"):
-        pipe.load_lora_weights(student_folder)
+    for load in (pipe.load_lora_weights, pipe.merge_lora_weights):
+        with pytest.raises(ValueError, match="is a student already"):
+            load(student_folder)
     assert TangoPipeline.from_pipe(pipe).student == STUDENT
+
+
+@pytest.mark.parametrize("has_patterns", [False, True])
+def test_merging_without_peft_is_fusing(components, tmp_path, has_patterns):
+    pipes = [TangoPipeline(**build_components()) for _ in range(2)]
+    layers, metadata = student_layers(pipes[0])
+    if has_patterns:
+        metadata["alpha_pattern"] = {"conv1": 2, "attn1.to_q": 16}
+    TangoPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=metadata, student=STUDENT)
+    pipes[0].merge_lora_weights(tmp_path, lora_scale=0.5)
+    pipes[1].load_lora_weights(tmp_path)
+    pipes[1].fuse_lora(lora_scale=0.5)
+    pipes[1].unload_lora_weights()
+    merged, fused = (pipe.unet.state_dict() for pipe in pipes)
+    assert merged.keys() == fused.keys()
+    plain = components["unet"].state_dict()
+    assert max(largest_difference(merged[name], fused[name]) for name in fused) < 1e-6
+    assert sum(largest_difference(merged[name], plain[name]) > 1e-2 for name in plain) == len(layers) / 2
+    assert pipes[0].student == pipes[1].student == STUDENT
+    assert pipes[0].scheduler.config == pipes[1].scheduler.config
+
+
+def test_what_only_peft_can_merge_is_refused(pipe, student_folder):
+    layers, metadata = student_layers(pipe)
+    layers = {f"unet.{name}": each for name, each in layers.items()}
+    name = next(iter(layers)).replace("lora_A.weight", "lora_B.bias")
+    with pytest.raises(ValueError, match=r"\['B.bias'\] cannot be merged"):
+        pipe.merge_lora_weights(layers | {name: torch.zeros(8)})
+    pipe.load_lora_weights(student_folder)
+    with pytest.raises(ValueError, match=r"`unload_lora_weights\(\)`"):
+        pipe.merge_lora_weights(layers)
 
 
 def test_a_whole_unet_is_registered_as_a_student(pipe):
@@ -379,9 +401,9 @@ def test_two_students_at_once_are_refused(pipe, student_folder):
 
 
 def test_a_scheduler_of_others_and_much_guidance_are_warned_of(pipe, student_folder, caplog):
-    pipe.load_lora_weights(student_folder)
     logging.getLogger("pipeline_tango").propagate = True
     with caplog.at_level("WARNING"):
+        pipe.load_lora_weights(student_folder)
         latents_of(pipe)
         latents_of(pipe, guidance_scale=2.0)
         assert not caplog.records

@@ -9,6 +9,10 @@ x_t, with classifier-free guidance, and the student's own value at r, without gr
     trajectories         s is random     Zheng et al. 2024, arXiv 2402.19159
     phases               s is the end of the phase of t      Wang et al. 2024, arXiv 2405.18407
 
+Where the budget is small, whole parts of the teacher's trajectories are a stronger signal: the teacher samples from
+prompts once, its points at the ends of the student's steps are kept, and the student is trained to go from one to the
+next (Luhman and Luhman 2021, arXiv 2101.02388, for one step; Salimans and Ho 2022, arXiv 2202.00512, for several).
+
 A sample at noise level (alpha, sigma) is alpha latents + sigma noise, with alpha^2 + sigma^2 = 1. Random draws take a
 list of `torch.Generator`, one for each sample, as in `objective`.
 """
@@ -185,3 +189,52 @@ def pseudo_huber_loss(pred, target, delta=0.001):
         raise ValueError(f"`pred` has to be of the shape {tuple(target.shape)}, not {tuple(pred.shape)}.")
     difference = pred.float() - target.float()
     return ((difference**2 + delta**2).sqrt() - delta).flatten(1).mean(1)
+
+
+# Steps along kept trajectories
+
+
+def step_ends(num_teacher_steps, num_student_steps):
+    """Indices into the points of a teacher's trajectory, 0 ... `num_teacher_steps`, between which the student's steps
+    lie: `num_student_steps` + 1 of them.
+
+    Raises:
+        ValueError: if the student has more steps than the teacher.
+    """
+    if not 1 <= num_student_steps <= num_teacher_steps:
+        raise ValueError(
+            f"`num_student_steps` has to be between 1 and {num_teacher_steps}, the teacher's, not {num_student_steps}."
+        )
+    return [round(i * num_teacher_steps / num_student_steps) for i in range(num_student_steps + 1)]
+
+
+def student_timesteps(teacher_timesteps, step_counts):
+    """The timesteps of students of so many steps, by which the UNet tells them apart: at the same point of a
+    trajectory a student of fewer steps is told a timestep that is 2% smaller for each place in the list.
+
+    Args:
+        teacher_timesteps (`Sequence[int]`): of the teacher's sampling, descending.
+        step_counts (`Sequence[int]`): numbers of steps, descending.
+
+    Returns:
+        `dict[int, list[int]]`.
+    """
+    timesteps = {}
+    for place, number in enumerate(step_counts):
+        ends = step_ends(len(teacher_timesteps), number)[:-1]
+        timesteps[number] = [round(teacher_timesteps[end] * (1 - 0.02 * place)) for end in ends]
+    return timesteps
+
+
+def step_target(sample, end, alpha, sigma, end_alpha, end_sigma, prediction_type):
+    """What the student has to predict for `sample` so that a DDIM step takes it to `end`, the solution of
+
+        end = end_alpha latents + end_sigma noise
+
+    with latents and noise as in [`clean_and_noise`]. Float32, of the shape of `sample`."""
+    sample, end = sample.float(), end.float()
+    if prediction_type == "epsilon":
+        return (end - end_alpha / alpha * sample) / (end_sigma - end_alpha * sigma / alpha)
+    if prediction_type == "v_prediction":
+        return (end - (end_alpha * alpha + end_sigma * sigma) * sample) / (end_sigma * alpha - end_alpha * sigma)
+    raise ValueError(f"`prediction_type` has to be 'epsilon' or 'v_prediction', not {prediction_type!r}.")

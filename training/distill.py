@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
+from pipeline_tango.mel import NUM_MEL_BINS
+from pipeline_tango.student import check_student, student_scheduler
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -45,6 +47,9 @@ from .consistency import (
     sample_grid_steps,
     sample_guidance,
     solver_step,
+    step_ends,
+    step_target,
+    student_timesteps,
 )
 from .data import CAPTION_COLUMNS, Clip, ClipDataset, as_captions, find_column, json_records, prepare_clips
 from .denoiser import (
@@ -113,6 +118,20 @@ def parse_args(argv=None):
 
     objective = parser.add_argument_group("objective")
     objective.add_argument(
+        "--objective",
+        choices=("consistency", "trajectory"),
+        default="trajectory",
+        help="`trajectory`: the student's steps go where the teacher's sampling went from --prompts. `consistency`: "
+        "neighbouring timesteps have to agree, for any data, which takes many more training steps",
+    )
+    objective.add_argument(
+        "--student_steps",
+        type=COUNT,
+        nargs="+",
+        default=[4, 2, 1],
+        help="numbers of steps that the student learns, with `trajectory`, the first of which is its default",
+    )
+    objective.add_argument(
         "--endpoint",
         choices=ENDPOINTS,
         default="clean",
@@ -145,6 +164,12 @@ def parse_args(argv=None):
     trained = parser.add_argument_group("trained weights")
     add_lora_arguments(trained)
     trained.set_defaults(lora_targets=LORA_TARGETS)
+    trained.add_argument(
+        "--lora_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the LoRA file, which trains in float32",
+    )
     add_ema_arguments(trained, ema_decay=0.999)
     trained.add_argument(
         "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
@@ -189,6 +214,13 @@ def parse_args(argv=None):
         parser.error(f"--guidance_scale: a range has to ascend, got {args.guidance_scale}")
     if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
         parser.error(f"--guidance_interval has to ascend, got {args.guidance_interval}")
+    if args.objective == "trajectory":
+        if not args.prompts:
+            parser.error("--objective trajectory learns from what the teacher samples: give --prompts")
+        if args.guidance_scale and len(args.guidance_scale) == 2:
+            parser.error("--objective trajectory takes one --guidance_scale")
+        if args.student_steps != sorted(set(args.student_steps), reverse=True):
+            parser.error(f"--student_steps have to descend, got {args.student_steps}")
     if args.endpoint == "phases" and args.num_grid_steps % args.num_phases:
         parser.error(f"--num_phases has to divide --num_grid_steps ({args.num_grid_steps}), got {args.num_phases}")
     if args.use_dora and not args.lora_rank:
@@ -219,8 +251,12 @@ def load_pipeline(args, weight_dtype):
         raise ValueError("`pretrained_model_name_or_path` has to be a teacher: this UNet is distilled already")
     if args.guidance_scale is None:
         args.guidance_scale = [float(pipe.config.default_guidance_scale)]
+    if args.num_teacher_steps is None:
+        args.num_teacher_steps = pipe.config.default_num_inference_steps
     if args.guidance_interval is None:
         args.guidance_interval = list(map(float, pipe.config.default_guidance_interval))
+    if not args.guidance_scale[0] <= pipe.config.default_guidance_scale <= args.guidance_scale[-1]:
+        pipe.register_to_config(default_guidance_scale=mean_guidance(args))
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     return pipe
@@ -314,6 +350,40 @@ def read_prompts(path, caption_column=None):
     return prompts
 
 
+def latent_shape(pipe, num_frames):
+    """(channels, frames, bins) of the latents of a clip."""
+    return pipe.unet.config.in_channels, num_frames, NUM_MEL_BINS // pipe.vae_scale_factor
+
+
+def teacher_timesteps(args, scheduler):
+    """The timesteps of the teacher's sampling, as a list of integers."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(args.num_teacher_steps)
+    return [round(t) for t in scheduler.timesteps.tolist()]
+
+
+def sample_trajectories(args, pipe, prompts, noise):
+    """Points of the teacher's sampling from `noise` `(batch, channels, frames, bins)`: float16, `(batch,
+    num_teacher_steps + 1, channels, frames, bins)`, from the noise to the latents."""
+    points = [noise]
+
+    def keep(pipe, step, timestep, tensors):
+        points.append(tensors["latents"])
+        return {}
+
+    pipe(
+        prompts,
+        audio_length_in_s=pipe.config.default_audio_length_in_s,
+        num_inference_steps=args.num_teacher_steps,
+        guidance_scale=mean_guidance(args),
+        guidance_interval=tuple(args.guidance_interval),
+        latents=noise,
+        output_type="latent",
+        callback_on_step_end=keep,
+    )
+    return torch.stack([each.float().cpu() for each in points], 1).half()
+
+
 def teacher_dataset(args, accelerator, pipe, encoders, folder):
     """Latents that the teacher makes for prompts, each process a share of those that the cache in `folder` lacks, as a
     data set that reads the cache."""
@@ -336,31 +406,79 @@ def teacher_dataset(args, accelerator, pipe, encoders, folder):
     pipe.set_progress_bar_config(disable=True)
     is_shown = accelerator.is_local_main_process and missing
     bar = tqdm(total=len(missing), desc="latents of the teacher", unit="clip", disable=not is_shown)
+    num_frames = pipe._num_latent_frames(pipe.config.default_audio_length_in_s)
     for first in range(0, len(missing), args.teacher_batch_size):
         batch = missing[first : first + args.teacher_batch_size]
-        generators = [keyed_generator(args.seed, TEACHER, i) for i in batch]
+        shape = (len(batch), *latent_shape(pipe, num_frames))
+        noise = sample_noise(shape, [keyed_generator(args.seed, TEACHER, i) for i in batch])
         with accelerator.autocast():
-            latents = pipe(
-                [prompts[i] for i in batch],
-                num_inference_steps=args.num_teacher_steps,
-                guidance_scale=sum(args.guidance_scale) / len(args.guidance_scale),
-                guidance_interval=tuple(args.guidance_interval),
-                generator=generators,
-                output_type="latent",
-            ).audios
-        means = torch.as_tensor(latents).float() / pipe.vae.config.scaling_factor
-        for i, mean in zip(batch, means):
+            points = sample_trajectories(args, pipe, [prompts[i] for i in batch], noise)
+        for i, each in zip(batch, points):
+            mean = each[-1].float() / pipe.vae.config.scaling_factor
             moments = torch.cat([mean, torch.full_like(mean, -30.0)])  # log-variance of a posterior without spread
-            cache.put(keys[i], {"moments": moments, "text_states.0": encoders.states_of(prompts[i])})
+            cache.put(keys[i], {"moments": moments, "points": each, "text_states.0": encoders.states_of(prompts[i])})
         bar.update(len(batch))
     bar.close()
     accelerator.wait_for_everyone()
     encoders.keep_empty_states()
     clips = [Clip(f"the latents of prompt {i + 1}", (prompt,)) for i, prompt in enumerate(prompts)]
-    return CachedDataset(clips, cache, keys, args.seed)
+    return TrajectoryDataset(clips, cache, keys, args.seed)
+
+
+class TrajectoryDataset(CachedDataset):
+    """Prompts with what a `LatentCache` holds of the teacher's sampling for them: `points` beside the latents."""
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        return item | {"points": self.cache.get(self.keys[key[1]])["points"]}
 
 
 # Training
+
+
+class Trajectories:
+    """The loss of a student that goes along kept trajectories in steps of its own.
+
+    Args:
+        scheduler ([`DDPMScheduler`]): noise levels and prediction type.
+        teacher_timesteps (`list[int]`): of the teacher's sampling.
+    """
+
+    def __init__(self, args, scheduler, teacher_timesteps):
+        self.args, self.scheduler = args, scheduler
+        self.timesteps = student_timesteps(teacher_timesteps, args.student_steps)
+        # (number of steps, which of them): each as often as another
+        self.steps = [(number, i) for number in args.student_steps for i in range(number)]
+
+    def losses(self, model, points, text, mask, generators):
+        """Loss of each sample, `(batch,)`, float32, of one step drawn for each.
+
+        Args:
+            model (`Callable`): the student, as it is trained.
+            points (`torch.Tensor` of shape `(batch, num_points, channels, frames, bins)`)
+        """
+        draws = [int(torch.randint(len(self.steps), (), generator=g)) for g in generators]
+        samples, ends, timesteps, levels, end_levels = [], [], [], [], []
+        alphas_cumprod = self.scheduler.alphas_cumprod
+        for row, draw in zip(points, draws):
+            number, i = self.steps[draw]
+            indices = step_ends(points.shape[1] - 1, number)
+            samples.append(row[indices[i]])
+            ends.append(row[indices[i + 1]])
+            timesteps.append(self.timesteps[number][i])
+            levels.append(alphas_cumprod[timesteps[-1]])
+            is_last = i == number - 1
+            end_levels.append(torch.ones(()) if is_last else alphas_cumprod[self.timesteps[number][i + 1]])
+
+        def alpha_sigma(alpha_squared):
+            alpha_squared = torch.stack(alpha_squared).float().to(points.device).view(-1, 1, 1, 1)
+            return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+        samples, ends = torch.stack(samples), torch.stack(ends)
+        kind = self.scheduler.config.prediction_type
+        target = step_target(samples, ends, *alpha_sigma(levels), *alpha_sigma(end_levels), kind)
+        pred = model(samples, torch.tensor(timesteps, device=points.device), text, mask)
+        return pseudo_huber_loss(pred, target, self.args.huber_delta)
 
 
 class Distillation:
@@ -435,10 +553,27 @@ def validate(accelerator, distillation, model, averages, encoders, dataset):
     return float(total[0] / total[1])
 
 
-def student_scheduler(args, config):
-    """The scheduler that samples with the student."""
-    kind = LCMScheduler if args.endpoint == "clean" else TCDScheduler
-    return kind.from_config(config, original_inference_steps=args.num_grid_steps)
+def mean_guidance(args):
+    return sum(args.guidance_scale) / len(args.guidance_scale)
+
+
+def describe_student(args, timesteps=None):
+    """What the checkpoint says of the student: see [`check_student`]."""
+    low, high = args.guidance_scale[0], args.guidance_scale[-1]
+    if args.objective == "trajectory":
+        return {
+            "scheduler": "dpm++",
+            "scheduler_options": {"solver_order": 1, "use_karras_sigmas": False},  # DDIM's steps
+            "num_inference_steps": args.student_steps[0],
+            "guidance_scale": low,
+            "timesteps": {str(number): each for number, each in timesteps.items()},
+        }
+    return {
+        "scheduler": "lcm" if args.endpoint == "clean" else "tcd",
+        "scheduler_options": {"original_inference_steps": args.num_grid_steps},
+        "num_inference_steps": args.num_validation_inference_steps,
+        "guidance_scale": low if low == high else [low, high],
+    }
 
 
 def distill(args):
@@ -477,6 +612,10 @@ def distill(args):
         if args.cache_dir:
             dataset = cache_dataset(accelerator, encoders, dataset, args.cache_dir)
     empty_states, empty_mask = encoders.text_of([""])
+    trajectories = None
+    if args.objective == "trajectory":
+        trajectories = Trajectories(args, scheduler, teacher_timesteps(args, pipe.scheduler))
+    student = check_student(describe_student(args, trajectories and trajectories.timesteps))
 
     teacher_unet = pipe.unet
     if not args.lora_rank:
@@ -506,7 +645,8 @@ def distill(args):
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = trained_parameters(model)
     accelerator.register_for_checkpointing(lr_scheduler)  # stepped by hand, once for each optimizer step
-    target_ema = make_ema(accelerator, parameters, args.target_decay) if args.target_decay else None
+    has_target_average = args.target_decay and trajectories is None
+    target_ema = make_ema(accelerator, parameters, args.target_decay) if has_target_average else None
     ema = make_ema(accelerator, parameters, args.ema_decay) if args.use_ema else None
     if args.lora_rank:
         checkpoint_trained_weights_only(accelerator)
@@ -521,6 +661,8 @@ def distill(args):
             "train_batch_size",
             "gradient_accumulation_steps",
             "crop",
+            "objective",
+            "student_steps",
             "endpoint",
             "num_phases",
             "num_grid_steps",
@@ -559,12 +701,18 @@ def distill(args):
         torch.manual_seed(keyed_generator(*dropout_key).initial_seed())
         generators = [keyed_generator(args.seed, NOISE, *key) for key in zip(batch["epoch"], batch["index"])]
         latents, text, mask = encoders.encode(batch, generators)
-        draws = distillation.draw(generators, device)
-        noise = sample_noise(latents.shape, generators, device)
+        if trajectories is None:
+            draws = distillation.draw(generators, device)
+            noise = sample_noise(latents.shape, generators, device)
+        else:
+            points = torch.stack(batch["points"]).float().to(device)
 
         with accelerator.accumulate(model):
             with accelerator.autocast():
-                losses = distillation.losses(model, target_weights, latents, text, mask, noise, *draws)
+                if trajectories is None:
+                    losses = distillation.losses(model, target_weights, latents, text, mask, noise, *draws)
+                else:
+                    losses = trajectories.losses(model, points, text, mask, generators)
             loss = losses.mean()
             figures.append({"loss": loss.detach()})
             accelerator.backward(loss)
@@ -603,9 +751,9 @@ def distill(args):
                         accelerator,
                         pipe,
                         step,
-                        student_scheduler(args, pipe.scheduler.config),
+                        student_scheduler(student, pipe.scheduler),
                         num_inference_steps=args.num_validation_inference_steps,
-                        guidance_scale=sum(args.guidance_scale) / 2 if len(args.guidance_scale) == 2 else 1.0,
+                        guidance_scale=mean_guidance(args) if isinstance(student["guidance_scale"], list) else 1.0,
                     )
             accelerator.wait_for_everyone()
 
@@ -625,10 +773,11 @@ def distill(args):
         "training loss (last 5% of the steps)": f"{tail_mean(log.values('loss')):.5f}",
         "steps per second": f"{(step - first_step) / max(time.monotonic() - started, 1e-9):.3f}",
     }
-    pipe.scheduler = student_scheduler(args, pipe.scheduler.config)
-    save_result(
-        args, accelerator, pipe, model, name, summary, "A student of few steps, distilled with `training.distill`"
-    )
+    if args.lora_rank:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
+    made = "A student of few steps, distilled with `training.distill`"
+    save_result(args, accelerator, pipe, model, name, summary, made, ["few-step"], student)
     if accelerator.is_main_process:
         for key, value in summary.items():
             logger.info(f"{key}: {value}")
