@@ -606,26 +606,35 @@ def choose_student(args):
     there_is_one = args.model == TANGO_TINY and os.path.isdir(TANGO_TINY_STUDENT)
     if args.student and not there_is_one:
         raise CommandError("--student belongs to tango-tiny: other models become students by --lora")
+    student = TangoPipeline.lora_student(TANGO_TINY_STUDENT) if there_is_one else None
     if args.student is None and args.fast and there_is_one:
         requests = [vars(args), *args.requests]
         asked = [name for name in ("lora", "scheduler", "guidance_interval", "deep_cache") if getattr(args, name)]
         asked += ["guidance" for each in requests if (each.get("guidance") or 0) > 1]
         asked += ["negative_prompt" for each in requests if each.get("negative_prompt")]
-        asked += ["steps" for each in requests if (each.get("steps") or 0) > MOST_STUDENT_STEPS]
+        asked += ["steps" for each in requests if each.get("steps") and not takes_steps(student, each["steps"])]
         if asked:
             return None, f" without its student, because of --{asked[0]}"
         args.student = True
     if not args.student:
         return None, ""
-    return TangoPipeline.lora_student(TANGO_TINY_STUDENT), " with its student"
+    return student, " with its student"
+
+
+def takes_steps(student, steps):
+    """Whether `--fast` lets a student take so many steps: one for any number takes at most eight."""
+    return str(steps) in student["timesteps"] if "timesteps" in student else steps <= MOST_STUDENT_STEPS
 
 
 def check_student_sounds(args, sounds, student):
     """The sounds, records of the manifest, ask for nothing that a student cannot do."""
     if (args.deep_cache or 1) > 1:
         raise CommandError("deep_cache is not for students: the features of their few steps differ too much")
-    weights = student["guidance_scale"]
+    weights, schedules = student["guidance_scale"], student.get("timesteps")
     for sound in sounds:
+        if schedules and not args.scheduler and str(sound["steps"]) not in schedules:
+            numbers = ", ".join(schedules)
+            raise CommandError(f"steps must be one of {numbers}, which the student was distilled for")
         guidance, asked = sound["guidance"], {"negative_prompt": sound["negative_prompt"]}
         if isinstance(weights, list) and not weights[0] <= guidance <= weights[1]:
             raise CommandError(f"guidance must be from {weights[0]:g} to {weights[1]:g}, got {guidance}")
