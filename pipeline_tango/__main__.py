@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
-MOST_STUDENT_STEPS = 8  # that `--fast` takes with a student
+MOST_STUDENT_STEPS = 8  # that `--fast` takes with a student which does not say
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
 PROMPT_COLUMNS = ("prompt", "captions", "caption", "text")  # as in training, after our own name
 NO_MODEL = (
@@ -634,7 +634,9 @@ def check_student_sounds(args, sounds, student):
     for sound in sounds:
         if schedules and not args.scheduler and str(sound["steps"]) not in schedules:
             numbers = ", ".join(schedules)
-            raise CommandError(f"steps must be one of {numbers}, which the student was distilled for")
+            raise CommandError(
+                f"steps must be one of {numbers}, which the student was distilled for, got {sound['steps']}"
+            )
         guidance, asked = sound["guidance"], {"negative_prompt": sound["negative_prompt"]}
         if isinstance(weights, list) and not weights[0] <= guidance <= weights[1]:
             raise CommandError(f"guidance must be from {weights[0]:g} to {weights[1]:g}, got {guidance}")

@@ -43,6 +43,7 @@ CONTRACT = {  # what .ci/contract runs with other versions of the libraries
     "test_publish",
     "test_schedule",
     "test_single_file",
+    "test_student",
     "test_to_original",
 }
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import STUDENT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
-from pipeline_tango.__main__ import main, read_prompts
+from pipeline_tango.__main__ import choose_student, main, parse_arguments, read_prompts
 from pipeline_tango.presets import SCHEDULER_NAMES, attends_in_blocks
 from pipeline_tango.sound_files import encode_wav, read_audio
 from pipeline_tango.sound_folder import encode_manifest, locked
@@ -186,6 +188,22 @@ def test_a_lora_that_makes_a_student_sets_what_a_call_takes(tiny_folder, student
         assert f"{tiny_folder}, a student on cpu in float32, LCMScheduler" in line
         assert (record["steps"], record["guidance"], record["lora"]) == (4, 1.0, str(student_folder))
         assert "student" not in record and "guidance_interval" not in record
+
+
+def test_a_student_takes_the_numbers_of_steps_that_it_was_distilled_for(
+    as_tango_tiny, tiny_folder, student_folder, error_of, tmp_path, monkeypatch
+):
+    (path,) = student_folder.iterdir()
+    student = STUDENT | {"timesteps": {"4": [999, 770, 480, 180], "1": [999]}}
+    save_file(load_file(path), tmp_path / path.name, {"student": json.dumps(student)})
+    monkeypatch.setattr("pipeline_tango.__main__.TANGO_TINY_STUDENT", str(tmp_path))
+    rain = ["rain", "--model", str(tiny_folder), "--device", "cpu"]
+    status, line = error_of(*rain, "--student", "--steps", 3)
+    assert status == 2 and "steps must be one of 4, 1, which the student was distilled for, got 3" in line
+    for steps, note in (("3", " without its student, because of --steps"), ("1", " with its student")):
+        args = parse_arguments([*rain, "--fast", "--steps", steps])
+        found = choose_student(args)
+        assert found == (student if steps == "1" else None, note) and bool(args.student) == (steps == "1")
 
 
 def test_what_a_student_cannot_do_is_one_line(as_tango_tiny, tiny_folder, student_folder, error_of, tmp_path):

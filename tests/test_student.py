@@ -123,6 +123,35 @@ def test_a_student_may_have_an_eta_of_its_own(student_pipe):
     config.student, student_pipe.scheduler = STUDENT, scheduler
 
 
+@pytest.fixture
+def timed_student(student_pipe):
+    """The student, as one that was distilled for certain timesteps and DDIM's steps."""
+    (config,) = student_pipe.unet.peft_config.values()
+    scheduler = student_pipe.scheduler
+    options = {"solver_order": 1, "use_karras_sigmas": False}
+    table = {"timesteps": {"1": [999], "2": [999, 380], "4": [999, 770, 480, 180]}}
+    config.student = check_student(STUDENT | {"scheduler": "dpm++", "scheduler_options": options} | table)
+    student_pipe.scheduler = SCHEDULERS["dpm++"].from_config(scheduler.config, **options)
+    yield student_pipe
+    config.student, student_pipe.scheduler = STUDENT, scheduler
+
+
+def test_a_student_takes_the_timesteps_that_it_was_distilled_for(timed_student, call):
+    for num_steps, timesteps in timed_student.student["timesteps"].items():
+        assert timesteps_of(timed_student, num_inference_steps=int(num_steps)) == timesteps
+    assert timesteps_of(timed_student) == [999, 770, 480, 180]
+    assert timesteps_of(timed_student, timesteps=[800, 300]) == [800, 300]
+    with pytest.raises(ValueError, match="`num_inference_steps` has to be one of 1, 2, 4, .*not 3"):
+        latents_of(timed_student, num_inference_steps=3)
+    sound = {"audio": noise(4800), "audio_sampling_rate": 16000, "audio_length_in_s": None}
+    assert timesteps_of(timed_student, strength=0.5, **sound) == [480, 180]
+    with pytest.raises(ValueError, match="`strength` 0.5 leaves none of the 1 steps"):
+        latents_of(timed_student, num_inference_steps=1, **sound)
+    options = {"pipe": timed_student, "mask": [(0.1, 0.2)], "audio": noise(4800), "guidance_scale": None}
+    together = call(["rain", "dog"], **options | {"generator": seeds(1, 2)})
+    assert largest_difference(call("dog", **options | {"generator": seeds(2)})[0], together[1]) < 1e-4
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("strength", [0.2, 0.7, 1.0])
 def test_a_student_takes_all_its_steps_in_the_fraction_that_strength_says(
@@ -172,14 +201,14 @@ def test_a_sound_of_a_student_does_not_depend_on_its_batch(any_student, call, na
     together = call(prompts, pipe=any_student, **options | {"generator": seeds(1, 2)})
     for i, prompt in enumerate(prompts):
         alone = call(prompt, pipe=any_student, **options | {"generator": seeds(i + 1)})
-        assert largest_difference(alone[0], together[i]) < 2e-5
+        assert largest_difference(alone[0], together[i]) < 1e-4
     assert np.isfinite(together).all() and largest_difference(*together) > 1e-3
 
 
 def test_takes_have_seeds_of_their_own(any_student, call):
     options = {"pipe": any_student, "audio_length_in_s": 0.3, "guidance_scale": None, "num_inference_steps": None}
     takes = call(num_waveforms_per_prompt=2, **options | {"generator": seeds(1, 2)})
-    assert largest_difference(call(**options | {"generator": seeds(2)})[0], takes[1]) < 2e-5
+    assert largest_difference(call(**options | {"generator": seeds(2)})[0], takes[1]) < 1e-4
     assert largest_difference(*takes) > 1e-3
 
 
