@@ -1,6 +1,5 @@
 """The `tango-demo` command: a page to generate sounds on, on this machine or as a Hugging Face Space."""
 
-import argparse
 import logging
 import os
 import signal
@@ -21,7 +20,6 @@ def parse_arguments(argv):
     parser = Parser(
         prog="tango-demo",
         description="Serve a page on this machine to generate sounds on, and its functions for programs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tango-demo {__version__}")

@@ -130,10 +130,10 @@ class DemoModel:
         self.job, self.is_stopping = None, False
 
     def model_names(self):
-        return [*self.given, *self.find_folders("model_index.json", "main_config.json")]
+        return list(dict.fromkeys([*self.given, *self.find_folders("model_index.json", "main_config.json")]))
 
     def lora_names(self):
-        return [*self.given_loras, *self.find_folders("pytorch_lora_weights.safetensors")]
+        return list(dict.fromkeys([*self.given_loras, *self.find_folders("pytorch_lora_weights.safetensors")]))
 
     def find_folders(self, *files):
         """Names of the folders below `models`, at most two levels deep, that have one of the files."""
@@ -153,7 +153,7 @@ class DemoModel:
             return given[name]
         if name in names:
             return str(self.models / name)
-        if self.allow_repos and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        if self.allow_repos and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
             if not Path(name).exists():  # else a library would take it for a folder
                 return name
         accepted = ", ".join(map(repr, names)) or "none"
@@ -248,11 +248,11 @@ class DemoModel:
         except CommandError as error:
             raise DemoError(str(error)) from error
         except Exception as error:  # files of others: anything may be wrong with them
-            logger.warning("a model could not be loaded", exc_info=True)
+            logger.debug("where the error came from", exc_info=True)
             raise DemoError(self.without_paths(f"{error}")) from error
         defaults["scheduler"] = type(self.pipe.scheduler).__name__
         defaults["most_steps"] = most_steps(args.source, defaults["scheduler"])
-        seed = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
+        seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
         try:
             sounds = plan_sounds(args, seed, defaults)
         except CommandError as error:
@@ -423,6 +423,7 @@ def command_line(request, model, lora, device, dtype):
         "takes": request.takes,
         "steps": request.steps,
         "guidance": request.guidance,
+        "seed": request.seed,
         "scheduler": request.scheduler,
         "negative_prompt": request.negative_prompt or None,
         "audio": request.audio,

@@ -176,6 +176,8 @@ class Page:
             answer = gr.Textbox(visible=False, label="answer")
             self.program.click(self.stop, None, answer, api_name="stop", queue=False)
             self.blocks.unload(self.leave)
+        for component in self.blocks.blocks.values():  # the sounds of examples are there as long as the page
+            component.keep_in_cache.update(component.temp_files)
 
     # functions for programs; the page shows what they return
 
@@ -270,7 +272,8 @@ class Page:
 
     def add_settings(self, kind):
         """Fields that all tabs have, and buttons."""
-        quality = gr.Radio(QUALITIES, value="fast", label="Quality", info="fast: fewer steps, as tango --fast")
+        info = "fast: fewer steps, as tango --fast"
+        quality = gr.Radio(QUALITIES, value="fast", label="Quality", info=info, elem_id=f"{kind}-quality")
         with gr.Accordion("More", open=False):
             scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULER_NAMES], value=OWN_SCHEDULER, label="Scheduler")
             with gr.Row():
@@ -344,7 +347,7 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=280):
                 audio = UploadedAudio(
-                    sources=["upload", "microphone"], type="filepath", label="Sound", elem_id="audio-input"
+                    type="filepath", label="Sound", buttons=["download"], elem_id="audio-input"
                 )
                 prompt = gr.Textbox(
                     label="Prompt", placeholder="thunder", max_length=MAX_TEXT_LENGTH, elem_id="audio-prompt"
