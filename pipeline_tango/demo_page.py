@@ -329,7 +329,8 @@ class Page:
                 )
                 negative = gr.Textbox("", label="Negative prompt", placeholder="speech", max_length=MAX_TEXT_LENGTH)
                 with gr.Row():
-                    seconds = gr.Slider(0.5, self.model.max_seconds, 5, step=0.5, label="Seconds", min_width=120)
+                    most = self.model.max_seconds
+                    seconds = gr.Slider(0.1, most, min(5, most), step=0.1, label="Seconds", min_width=120)
                     takes = gr.Slider(1, self.model.max_takes, 1, step=1, label="Takes", precision=0, min_width=120)
                 settings, buttons = self.add_settings("text")
             with gr.Column(min_width=280, elem_id="text-results"):
@@ -417,7 +418,8 @@ class Page:
                     interactive=True,
                     wrap=True,
                 )
-                seconds = gr.Slider(1, self.model.max_seconds, 30, step=1, label="Seconds")
+                most = self.model.max_seconds
+                seconds = gr.Slider(1, most, min(30, most), step=1, label="Seconds")
                 settings, buttons = self.add_settings("long")
             with gr.Column(min_width=280, elem_id="long-results"):
                 player = gr.HTML(

@@ -20,8 +20,9 @@ def find_browser():
 class Browser:
     """For a `with` statement. Downloads go into the folder `downloads`; `profile` keeps what pages store."""
 
-    def __init__(self, downloads, profile, width=1000, height=900):
+    def __init__(self, downloads, profile, width=1000, height=900, page_load="normal"):
         self.downloads, self.profile, self.size = downloads, profile, (width, height)
+        self.page_load = page_load
 
     def __enter__(self):
         browser, driver = find_browser()
@@ -45,7 +46,11 @@ class Browser:
         while True:
             try:
                 capabilities = {
-                    "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+                    "alwaysMatch": {
+                        "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL"},
+                        "pageLoadStrategy": self.page_load,
+                    }
                 }
                 self.session = self.call("POST", "/session", {"capabilities": capabilities})["sessionId"]
                 return self

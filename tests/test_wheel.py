@@ -24,6 +24,7 @@ COMMANDS = {
     "tango-cache": "pipeline_tango.converted",
     "tango-convert": "pipeline_tango.convert.convert_tango",
     "tango-copy-synthesis": "pipeline_tango.training.copy_synthesis",
+    "tango-demo": "pipeline_tango.demo",
     "tango-evaluate": "pipeline_tango.training.evaluate",
     "tango-listening-test": "pipeline_tango.training.listening_test",
     "tango-publish": "pipeline_tango.convert.publish",
@@ -32,7 +33,8 @@ COMMANDS = {
     "tango-train-tokenizer": "pipeline_tango.training.train_tokenizer",
     "tango-train-vocoder": "pipeline_tango.training.train_vocoder",
 }
-BEHIND_EXTRAS = ["datasets", "google.protobuf", "matplotlib", "peft", "sentencepiece", "soundfile", "tensorboard"]
+BEHIND_EXTRAS = ["datasets", "google.protobuf", "gradio", "matplotlib", "peft", "sentencepiece", "soundfile"]
+BEHIND_EXTRAS += ["tensorboard"]
 
 
 def run(command, cwd, **environment):
@@ -199,6 +201,7 @@ def test_missing_extras_are_named_in_one_line(bin, tmp_path, manifest, without_e
     commands = [
         ["tango", "rain", "--spectrogram"],
         ["tango-copy-synthesis", manifest, out],
+        ["tango-demo"],
         ["tango-evaluate", "--generated", manifest.parent, "--prompts", manifest, "--output_dir", out],
         ["tango-listening-test", "build", "--system", f"a={manifest}", "--output", tmp_path / "test.html"],
         ["tango-train", "--pretrained_model_name_or_path", model, *data],
