@@ -53,7 +53,11 @@ def parse_arguments(argv):
     server.add_argument("--share", action="store_true", help="also make a public address by Gradio's service")
     limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--max_seconds", type=float, default=120.0, metavar="S", help="longest sound, given or generated (default: 120)"
+        "--max_seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="longest sound, given or generated (default: 120)",
     )
     limits.add_argument("--max_upload", type=float, default=20.0, metavar="MB", help="largest upload (default: 20)")
     limits.add_argument(

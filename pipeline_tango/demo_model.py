@@ -139,7 +139,9 @@ class DemoModel:
         """Names of the folders below `models`, at most two levels deep, that have one of the files."""
         if self.models is None:
             return []
-        found = {path.parent for name in files for depth in ("*", "*/*") for path in self.models.glob(f"{depth}/{name}")}
+        found = {
+            path.parent for name in files for depth in ("*", "*/*") for path in self.models.glob(f"{depth}/{name}")
+        }
         inside = [path for path in found if path.resolve().is_relative_to(self.models)]
         return sorted(path.relative_to(self.models).as_posix() for path in inside)
 

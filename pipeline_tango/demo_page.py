@@ -347,9 +347,7 @@ class Page:
     def add_audio_tab(self):
         with gr.Row():
             with gr.Column(min_width=280):
-                audio = UploadedAudio(
-                    type="filepath", label="Sound", buttons=["download"], elem_id="audio-input"
-                )
+                audio = UploadedAudio(type="filepath", label="Sound", buttons=["download"], elem_id="audio-input")
                 prompt = gr.Textbox(
                     label="Prompt", placeholder="thunder", max_length=MAX_TEXT_LENGTH, elem_id="audio-prompt"
                 )

@@ -30,7 +30,6 @@ from .demo_model import (
 from .presets import SCHEDULER_NAMES
 from .sound_files import draw_spectrogram, encode_wav, write_atomically
 
-
 logger = logging.getLogger(__name__)
 
 SOUNDS = Path(__file__).parent / "demo_sounds"
@@ -66,15 +65,14 @@ class UploadedAudio(gr.Audio):
         return await super().async_move_resource_to_block_cache(url_or_file_path)
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
 
-
 def say_error(error):
     """What the page or a program is told of an error: one sentence."""
     return gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False)
-
 
 def told(model, error):
     """The sentence for whatever a call raised."""
@@ -87,27 +85,21 @@ def told(model, error):
     logger.error("a call failed", exc_info=error)
     return say_error(f"the model failed: {model.without_paths(str(error)) or type(error).__name__}")
 
-
 def session_of(request):
     return None if request is None else request.session_hash
 
-
 def report(fraction, text):
     gr.Progress()(fraction, desc=text)
-
 
 def script(name):
     """A part of the page's JavaScript."""
     return re.search(rf"^// ---- {name}:.*?\n(.*?)(?=^// ----|\Z)", SCRIPTS, re.DOTALL | re.MULTILINE)[1]
 
-
 SCRIPTS = Path(__file__).with_name("demo_page.js").read_text("utf-8")
-
 
 def new_folder():
     """A folder for the files of one result, where Gradio keeps those of the page."""
     return Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
-
 
 def save_sound(sound):
     """The path of a sound as a WAV file."""
@@ -115,17 +107,14 @@ def save_sound(sound):
     write_atomically(path, encode_wav(sound.samples, sound.sampling_rate))
     return str(path)
 
-
 def save_picture(samples, sampling_rate, title):
     path = new_folder() / "spectrogram.png"
     write_atomically(path, draw_spectrogram(samples, sampling_rate, title))
     return str(path)
 
-
 def read_number(value, whole=False):
     """A number of a field; an empty one is `None`."""
     return None if value is None else int(value) if whole else float(value)
-
 
 class Results:
     """The results of a tab: a place for each take, of which those in use are shown."""
@@ -170,15 +159,12 @@ class Results:
             updates += [gr.update(visible=True), save_sound(sound), old, picture, text, sound.code]
         return updates
 
-
 def pad(samples, sampling_rate, seconds):
     """Mono samples with silence up to a length, so that both pictures have one time axis."""
     return np.pad(samples, (0, max(0, round(seconds * sampling_rate) - len(samples)))), sampling_rate
 
-
 def for_programs(sounds):
     return [save_sound(sound) for sound in sounds], [sound.facts | {"code": sound.code} for sound in sounds]
-
 
 def build_page(model):
     """The page on a [`DemoModel`], a `gr.Blocks` that is not launched yet."""
@@ -493,7 +479,6 @@ def build_page(model):
         page.unload(functools.partial(model.stop))
     return page
 
-
 def settings_of(quality, scheduler, steps, guidance, seed, model_name, lora, lora_scale):
     return {
         "quality": quality,
@@ -505,7 +490,6 @@ def settings_of(quality, scheduler, steps, guidance, seed, model_name, lora, lor
         "lora": lora or None,
         "lora_scale": read_number(lora_scale),
     }
-
 
 def read_rows(rows):
     """`[(seconds, prompt), ...]` of a table, in order, without its empty rows."""

@@ -198,7 +198,9 @@ def test_calls_wait_for_each_other(demo):
     assert [sounds[number][0].seed for number in range(3)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["../secret", "link", "/etc", ".", "..", "small/../../secret", "owner/name", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "link", "/etc", ".", "..", "small/../../secret", "owner/name", "", "a\0b"]
+)
 def test_only_models_below_the_folder_are_loaded(demo, name):
     assert demo.model_names() == ["small", "deeper/other"] and demo.lora_names() == ["storm"]
     name = name or "recording.wav"
@@ -263,7 +265,9 @@ def test_uploads_are_decoded_only_as_far_as_they_are_accepted(upload, tmp_path):
     samples, sampling_rate = check_upload(upload(encode_wav(noise(8000), 8000)), 1.0)
     assert samples.shape == (8000, 1) and sampling_rate == 8000
     long = encode_wav(noise(8001), 8000)
-    unfinished = long[:4] + bytes(4) + long[8:40] + bytes(4) + long[44:]  # a header that was never completed says nothing of the length
+    unfinished = (
+        long[:4] + bytes(4) + long[8:40] + bytes(4) + long[44:]
+    )  # a header that was never completed says nothing of the length
     path = tmp_path / "wide.wav"
     wavfile.write(path, 8000, np.zeros((100, 9), np.int16))
     for content, message in [
