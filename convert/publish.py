@@ -149,6 +149,7 @@ def check_folder(folder):
                 f"got {index.get(component)!r}"
             )
     check_folders(folder, index)
+    read_student_entry(folder, index)
 
     files = []
     for path in sorted(folder.rglob("*")):
@@ -180,6 +181,26 @@ def check_folder(folder):
     return files
 
 
+def read_student_entry(folder, index):
+    """What the index of a folder says of the student that its UNet is, `None` if it says nothing."""
+    if index.get("student") is None:
+        return None
+    from pipeline_tango.student import check_student  # which imports torch
+
+    try:
+        return check_student(index["student"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
+
+
+def describe_student(student):
+    """A line of the card."""
+    weight, num_steps = student["guidance_scale"], student["num_inference_steps"]
+    guidance = "guidance {:g} to {:g} as an input" if isinstance(weight, list) else "guidance {:g} inside"
+    guidance = guidance.format(*(weight if isinstance(weight, list) else [weight]))
+    return f"- Student: distilled to few steps, by default {num_steps}; {guidance}\n"
+
+
 def _is_hub_id(source):
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not Path(source).exists()
 
@@ -189,6 +210,7 @@ def _model_card(folder, source, license, notes):
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     variant = find_variants(folder)[0]
 
+    student = read_student_entry(folder, index)
     rows = []
     for component in CONFIGS:
         num_parameters, dtypes = 0, set()
@@ -232,6 +254,8 @@ def _model_card(folder, source, license, notes):
             [index["scheduler"][1]]
             + [f"{key} {scheduler[key]}" for key in ("prediction_type", "timestep_spacing") if key in scheduler]
         ),
+        steps="" if student else ", num_inference_steps=100",
+        student=describe_student(student) if student else "",
         origin=f"## Origin\n\n{origin}" if origin else "",
         see=see,
     )

@@ -69,6 +69,7 @@ from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
 from pipeline_tango.__main__ import CommandError, read_prompts
 from pipeline_tango.presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
 from pipeline_tango.sound_files import encode_wav, write_atomically
+from pipeline_tango.student import call_defaults
 
 
 OPTIONS = {
@@ -90,6 +91,8 @@ OPTIONS = {
     "int8": "the UNet's matrices stored in int8; needs torchao",
     "int8-dynamic": "the same, with products computed in int8; needs torchao",
     "preset": "the settings of `tango --fast`, with its dtypes for this device",
+    "student-N": "N steps of LCM without guidance, as a student takes them, with the dtypes of `preset`. Without a "
+    "student of the model it is right for time and memory only",
 }
 COMPILE_OPTIONS = {  # arguments of torch.compile
     "compile": {},
@@ -101,6 +104,8 @@ COMPILE_OPTIONS = {  # arguments of torch.compile
 CUDA_OPTIONS = ("reduce-overhead", "max-autotune")
 # diffusers' `compile_repeated_blocks` leaves out the resnets, 43% of the UNet's arithmetic
 UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+STUDENT = r"student-[1-9]\d?"
+NUMBERED = rf"deep-cache-[1-9]\d?|{STUDENT}"  # options with a number
 DEFAULT_VARIANTS = ("bf16", "bf16+channels-last", "deep-cache-3", "guidance-half", "preset")
 MIDDLE_HALF = (0.25, 0.75)
 INT8_CONFIGS = {"int8": "Int8WeightOnlyConfig", "int8-dynamic": "Int8DynamicActivationInt8WeightConfig"}
@@ -151,8 +156,10 @@ def read_variant(name, device, preset=FAST):
             if not find_spec("torchao"):
                 raise ValueError(f"{name} needs torchao: pip install torchao")
             variant["int8"] = option
-        elif option == "preset":
+        elif option == "preset" or re.fullmatch(STUDENT, option):
             dtypes = choose_dtypes("auto", device, fast=True)
+            if option != "preset":
+                preset = {"scheduler": "lcm", "steps": int(option.removeprefix("student-")), "guidance": 1.0}
             variant |= preset | {"dtypes": dtypes, "blocked_attention": attends_in_blocks(dtypes, device)}
         elif option != "plain":
             raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
@@ -295,7 +302,9 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
     start = seconds(device)
     pipe = load(model, variant, device)
     load_in_s = seconds(device) - start
-    num_steps = variant["steps"] or settings["steps"] or pipe.config.default_num_inference_steps
+    own_num_steps, own_guidance_scale = call_defaults(pipe.config, pipe.student)
+    num_steps = variant["steps"] or settings["steps"] or own_num_steps
+    is_guided = (variant["guidance"] or own_guidance_scale) > 1 and pipe.unet.config.time_cond_proj_dim is None
     steps_timed = min(settings["steps_timed"] or num_steps, num_steps)
     options = {
         "audio_length_in_s": settings["seconds"] or pipe.config.default_audio_length_in_s,
@@ -320,7 +329,8 @@ def measure(model, name, batch_size, settings, reference_path, prompts, sounds, 
             times[name] = seconds(device) - start
             return result
 
-        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt([prompt] * batch_size))))
+        encode_options = {"prompt": [prompt] * batch_size, "do_classifier_free_guidance": is_guided}
+        embeds = stage("text", lambda: dict(zip(EMBEDS, pipe.encode_prompt(**encode_options))))
         generator = [torch.Generator().manual_seed(row) for row in range(batch_size)]
         denoise = options | other_options | embeds
         denoise |= {"num_inference_steps": steps_timed, "generator": generator, "output_type": "latent"}
@@ -532,7 +542,7 @@ def parse_arguments(argv):
         "--steps",
         type=int,
         metavar="N",
-        help="steps of a clip (default: the model's; `preset` has its own)",
+        help="steps of a clip (default: the model's; `preset` and `student-N` have their own)",
     )
     what.add_argument("--batch_sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
     what.add_argument(
@@ -588,7 +598,7 @@ def parse_arguments(argv):
 
     names, skipped = ["plain"], []
     for name in dict.fromkeys(args.variants):
-        if unknown := [o for o in name.split("+") if o not in OPTIONS and not re.fullmatch(r"deep-cache-[1-9]\d?", o)]:
+        if unknown := [each for each in name.split("+") if each not in OPTIONS and not re.fullmatch(NUMBERED, each)]:
             parser.error(f"--variants: {unknown[0]!r} is none of {', '.join(OPTIONS)}")
         try:
             interval = read_variant(name, args.device)["deep_cache"]

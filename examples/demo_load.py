@@ -2,8 +2,8 @@
 
     python -m examples.demo_load
 
-Starts a server, lets one client make each sound once, then all clients ask for them again and again, and compares every
-WAV file with the first one of the same prompt and seed. Needs the extra `demo`.
+Starts a server, lets one client make each sound once, then all clients ask for them again and again, and compares
+every WAV file with the first one of the same prompt and seed. Needs the extra `demo`.
 """
 
 import argparse

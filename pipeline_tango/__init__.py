@@ -5,9 +5,17 @@ from pathlib import Path
 
 __version__ = "0.2.0.dev0"
 
-__all__ = ["SCHEDULERS", "TANGO_TINY", "BlockedAttnProcessor", "TangoPipeline", "log_mel_spectrogram"]
+__all__ = [
+    "SCHEDULERS",
+    "TANGO_TINY",
+    "TANGO_TINY_STUDENT",
+    "BlockedAttnProcessor",
+    "TangoPipeline",
+    "log_mel_spectrogram",
+]
 
 TANGO_TINY = str(Path(__file__).parent / "tango_tiny")  # folder of a small trained checkpoint, which works offline
+TANGO_TINY_STUDENT = str(Path(__file__).parent / "tango_tiny_student")  # folder of a LoRA that makes it a student
 
 
 def __getattr__(name):

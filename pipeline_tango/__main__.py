@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import TANGO_TINY, __version__
+from . import TANGO_TINY, TANGO_TINY_STUDENT, __version__
 from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings, most_steps
 from .sound_files import (
     AudioFileError,
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 AUDIO_SETTINGS = ("audio", "strength", "mask", "frequency_mask")  # in the manifest of audio-to-audio
 SPEED_SETTINGS = ("guidance_interval", "deep_cache")  # in the manifest where they are used
+MOST_STUDENT_STEPS = 8  # that `--fast` takes with a student which does not say
 SEEDS_PER_PROMPT = 1000  # takes of one prompt in a list share no seed with those of the next prompt
 PROMPT_COLUMNS = ("prompt", "captions", "caption", "text")  # as in training, after our own name
 NO_MODEL = (
@@ -288,7 +290,12 @@ def parse_arguments(argv):
         help="which weights of the model to load, such as fp16 (default: the plain ones, or those of the only variant "
         "that a folder has)",
     )
-    parser.add_argument("--lora", metavar="FOLDER_OR_REPO", help="LoRA weights to add to the model")
+    parser.add_argument(
+        "--lora",
+        metavar="FOLDER_OR_REPO",
+        help="LoRA weights to add to the model. Of one that makes it a student, scheduler, steps and guidance are the "
+        "default. With --fast they are merged into the model's",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -342,10 +349,21 @@ def parse_arguments(argv):
     speed.add_argument(
         "--fast",
         action="store_true",
-        help=f"--scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance {FAST['guidance']:g} "
+        help="with tango-tiny, --student, if no other flag asks for what a student cannot do. With other models, and "
+        f"with --no_student, --scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance {FAST['guidance']:g} "
         f"--guidance_interval {interval} and, for models of the released size, --deep_cache {FAST['deep_cache']}. "
         "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and on a CPU "
         "self-attention is computed in blocks",
+    )
+    student = speed.add_mutually_exclusive_group()
+    student.add_argument(
+        "--student",
+        action="store_true",
+        default=None,
+        help="the student that comes with tango-tiny, which was distilled to a few steps without guidance",
+    )
+    student.add_argument(
+        "--no_student", dest="student", action="store_false", default=None, help="--fast without this student"
     )
     speed.add_argument(
         "--guidance_interval",
@@ -491,6 +509,7 @@ def plan_sounds(args, first_seed, defaults):
                     "model": model_name(args.model),
                     **({"variant": args.variant} if args.variant else {}),
                     **({"lora": args.lora} if args.lora else {}),
+                    **({"student": True} if args.student else {}),
                     **{name: getattr(args, name) for name in SPEED_SETTINGS if getattr(args, name) is not None},
                     **args.audio_settings,
                 }
@@ -512,7 +531,8 @@ def split_into_batches(sounds, batch_size):
 
 
 def read_model_defaults(args, dtypes):
-    """Length in seconds, steps, guidance scale and the scheduler's class name, read from the model's index only.
+    """Length in seconds, steps, guidance scale, the scheduler's class name, and the student that the UNet is and what
+    says so, read from the model's index and the LoRA only.
 
     `args.source` becomes what is loaded: `args.model`, or what a checkpoint in the original's layout is converted to.
     """
@@ -520,8 +540,9 @@ def read_model_defaults(args, dtypes):
     import huggingface_hub
     import transformers
 
-    from . import TangoPipeline
+    from . import SCHEDULERS, TangoPipeline
     from .converted import with_conversion
+    from .student import call_defaults, check_student
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -546,15 +567,83 @@ def read_model_defaults(args, dtypes):
         raise OSError(NO_MODEL.format(model=args.model, error=str(error)[:350])) from error
     if class_name != "TangoPipeline":
         raise OSError(f"the model in {args.model} is of the class {class_name}, not TangoPipeline")
+    student, note = None, ""
+    if args.lora:
+        try:
+            student = TangoPipeline.lora_student(args.lora)
+        except Exception as error:
+            raise RuntimeError(f"cannot load LoRA weights from {args.lora}: {error}") from error
     try:
+        if config.get("student") is not None:
+            student = check_student(config["student"])
+    except ValueError as error:
+        raise OSError(NO_MODEL.format(model=args.model, error=error)) from error
+    if student is None:
+        student, note = choose_student(args)
+    elif args.student:
+        raise CommandError("--student adds a student to tango-tiny, but the model is one already: leave it out")
+    else:
+        note = ", a student"
+    try:
+        steps, guidance = call_defaults(config, student)
         return {
             "seconds": config["default_audio_length_in_s"],
-            "steps": config.get("default_num_inference_steps", 100),  # a repo may be older than the value
-            "guidance": config.get("default_guidance_scale", 3.0),
-            "scheduler": config["scheduler"][1],
+            "steps": steps,
+            "guidance": guidance,
+            "scheduler": config["scheduler"][1] if student is None else SCHEDULERS[student["scheduler"]].__name__,
+            "student": student,
+            "student_note": note,
         }
     except (KeyError, TypeError, IndexError) as error:
         raise OSError(NO_MODEL.format(model=args.model, error=repr(error)[:120])) from error
+
+
+def choose_student(args):
+    """The student in the package, `None` if it is not used, and a note that says so. `args.student` becomes whether it
+    is used: where the flag asks for it, and by `--fast` unless another flag or the list asks for what it cannot do."""
+    from . import TangoPipeline
+
+    there_is_one = args.model == TANGO_TINY and os.path.isdir(TANGO_TINY_STUDENT)
+    if args.student and not there_is_one:
+        raise CommandError("--student belongs to tango-tiny: other models become students by --lora")
+    student = TangoPipeline.lora_student(TANGO_TINY_STUDENT) if there_is_one else None
+    if args.student is None and args.fast and there_is_one:
+        requests = [vars(args), *args.requests]
+        asked = [name for name in ("lora", "scheduler", "guidance_interval", "deep_cache") if getattr(args, name)]
+        asked += ["guidance" for each in requests if (each.get("guidance") or 0) > 1]
+        asked += ["negative_prompt" for each in requests if each.get("negative_prompt")]
+        asked += ["steps" for each in requests if each.get("steps") and not takes_steps(student, each["steps"])]
+        if asked:
+            return None, f" without its student, because of --{asked[0]}"
+        args.student = True
+    if not args.student:
+        return None, ""
+    return student, " with its student"
+
+
+def takes_steps(student, steps):
+    """Whether `--fast` lets a student take so many steps: one for any number takes at most eight."""
+    return str(steps) in student["timesteps"] if "timesteps" in student else steps <= MOST_STUDENT_STEPS
+
+
+def check_student_sounds(args, sounds, student):
+    """The sounds, records of the manifest, ask for nothing that a student cannot do."""
+    if (args.deep_cache or 1) > 1:
+        raise CommandError("deep_cache is not for students: the features of their few steps differ too much")
+    weights, schedules = student["guidance_scale"], student.get("timesteps")
+    for sound in sounds:
+        if schedules and not args.scheduler and str(sound["steps"]) not in schedules:
+            numbers = ", ".join(schedules)
+            raise CommandError(
+                f"steps must be one of {numbers}, which the student was distilled for, got {sound['steps']}"
+            )
+        guidance, asked = sound["guidance"], {"negative_prompt": sound["negative_prompt"]}
+        if isinstance(weights, list) and not weights[0] <= guidance <= weights[1]:
+            raise CommandError(f"guidance must be from {weights[0]:g} to {weights[1]:g}, got {guidance}")
+        if isinstance(weights, list) or guidance <= 1:
+            asked["guidance_interval"] = args.guidance_interval != [0.0, 1.0] and args.guidance_interval
+            for name in [name for name, value in asked.items() if value]:
+                raise CommandError(f"{name} has no effect on a student, which has guidance inside: leave it out")
 
 
 def model_name(model):
@@ -591,9 +680,14 @@ def load_pipeline(args, device, dtypes):
         pipe = TangoPipeline.from_pretrained(args.source, dtype=dtypes, variant=variant)
     except Exception as error:  # files of others: anything may be wrong with them
         raise RuntimeError(f"cannot load {args.model}: {error}") from error
+    if args.student:
+        pipe.merge_lora_weights(TANGO_TINY_STUDENT)
     if args.lora:
         try:
             pipe.load_lora_weights(args.lora)
+            if args.fast:  # layers of their own cost time
+                pipe.fuse_lora()
+                pipe.unload_lora_weights()
         except Exception as error:
             raise RuntimeError(f"cannot load LoRA weights from {args.lora}: {error}") from error
     if args.scheduler:
@@ -629,7 +723,7 @@ def find_missing(args, sounds, paths, manifest):
         records = read_manifest(manifest, strict=not args.overwrite)
     except OSError as error:
         raise FolderError(f"cannot read {manifest}: {error}") from error
-    optional = ("variant", "lora", *AUDIO_SETTINGS, *SPEED_SETTINGS)
+    optional = ("variant", "lora", "student", *AUDIO_SETTINGS, *SPEED_SETTINGS)
     todo = []
     for sound in sounds:
         files = paths[sound["file"]]
@@ -682,12 +776,16 @@ def make_sounds(args):
     device = choose_device(args, state)
     dtypes = choose_dtypes(args.dtype, device, args.fast)
     defaults = read_model_defaults(args, dtypes)
-    for name, value in fast_settings(args.source).items() if args.fast else ():
+    student = defaults["student"]
+    for name, value in fast_settings(args.source).items() if args.fast and student is None else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.scheduler:
         defaults["scheduler"] = SCHEDULERS[args.scheduler].__name__
     defaults["most_steps"] = most_steps(args.model, defaults["scheduler"])
+    if student is not None and math.isfinite(defaults["most_steps"]):
+        options = student["scheduler_options"]
+        defaults["most_steps"] = options.get("original_inference_steps", defaults["most_steps"])
 
     seed, seed_note = args.seed, ""
     if seed is None and args.prompts is not None:
@@ -696,6 +794,8 @@ def make_sounds(args):
         (seed,) = broadcast_object_list([random.SystemRandom().randrange(2**32)])
         seed_note = " (chosen at random)"
     sounds = plan_sounds(args, seed, defaults)
+    if student is not None:
+        check_student_sounds(args, sounds, student)
     paths = {}  # file name in the manifest -> what to write
     for sound in sounds:
         wav = args.folder / sound["file"]
@@ -728,7 +828,7 @@ def make_sounds(args):
             share = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
             there = f" ({len(sounds) - len(todo)} more are there already)" if len(todo) < len(sounds) else ""
             say(
-                f"{model_name(args.model)} on {device} in "
+                f"{model_name(args.model)}{defaults['student_note']} on {device} in "
                 f"{str(dtypes.get('unet', dtypes['default'])).removeprefix('torch.')}, "
                 f"{defaults['scheduler']}, seed {seed}{seed_note}, "
                 f"sounds to make: {len(todo)}{there}{share}"

@@ -11,6 +11,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from .input_audio import SILENT_PEAK, AudioClips
 from .mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from .student import check_guidance_input, student_adapters
 
 
 OPTIONAL_NUMBERS = ("eta", "strength", "window_length_in_s")  # `None` is a value of theirs
@@ -91,6 +92,42 @@ def check_ranges(
         )
 
 
+# student
+
+
+def check_student_call(
+    pipe, guidance_scale, guidance_rescale, guidance_interval, negative_prompt, negative_prompt_embeds
+):
+    """A pipeline whose UNet is a student can do what a call asks for. `guidance_interval` is `None` where it is not
+    given."""
+    adapters = student_adapters(pipe.unet)
+    if len(adapters) > 1:
+        raise ValueError(
+            f"The LoRAs {list(adapters)} are students, of which one can be active: say which by `set_adapters`."
+        )
+    check_guidance_input(pipe.student, pipe.unet, pipe.config.default_guidance_scale)
+    if pipe.deep_cache is not None and pipe.deep_cache.interval > 1:
+        raise ValueError(
+            "A student cannot have a deep cache: the features of its few steps differ too much. Call "
+            "`disable_deep_cache()`."
+        )
+    weights = pipe.student["guidance_scale"]
+    if isinstance(weights, list) and not weights[0] <= guidance_scale <= weights[1]:
+        raise ValueError(f"`guidance_scale` has to be in {weights}, the range of the student, not {guidance_scale}.")
+    if guidance_scale > 1 and not isinstance(weights, list):
+        return
+    without_effect = {
+        "guidance_rescale": guidance_rescale > 0,
+        "guidance_interval": guidance_interval is not None and tuple(guidance_interval) != (0, 1),
+        "negative_prompt": negative_prompt not in (None, ""),
+        "negative_prompt_embeds": negative_prompt_embeds is not None,
+    }
+    advice = "" if isinstance(weights, list) else ", or give a `guidance_scale` above 1, such as 1.5"
+    for name, is_given in without_effect.items():
+        if is_given:
+            raise ValueError(f"`{name}` has no effect on a student with its guidance inside: leave it out{advice}.")
+
+
 # schedule
 
 
@@ -138,7 +175,8 @@ def check_schedule(schedule, num_channels):
             f"`num_inference_steps` of {schedule.num_all_steps} makes {type(scheduler).__name__} start at timestep "
             f"{float(start):g}, beyond the last one of training, {last}. Use fewer steps."
         )
-    check_steps_remain(schedule.strength, schedule.num_all_steps)
+    if not schedule.keeps_num_steps:
+        check_steps_remain(schedule.strength, schedule.num_all_steps)
     schedule.rehearse(num_channels)
 
 

@@ -57,7 +57,7 @@ def parse_arguments(argv):
         type=float,
         default=120.0,
         metavar="S",
-        help="longest sound, given or generated (default: 120)",
+        help="longest sound, given or made (default: 120)",
     )
     limits.add_argument("--max_upload", type=float, default=20.0, metavar="MB", help="largest upload (default: 20)")
     limits.add_argument(

@@ -64,15 +64,19 @@ def script(name):
     return re.search(rf"^// ---- {name}:.*?\n(.*?)(?=^// ----|\Z)", SCRIPTS, re.DOTALL | re.MULTILINE)[1]
 
 
-class UploadedAudio(gr.Audio):
-    """A sound that was uploaded or recorded. Gradio would fetch one from any address too."""
+def refuse_addresses(audio):
+    """Let a component take what was uploaded or recorded only. Gradio would fetch a sound from any address too.
 
-    is_template = True  # in the browser it is the component above
+    Not by a subclass: Gradio writes a file beside the module of one.
+    """
+    move = audio.async_move_resource_to_block_cache
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        if url_or_file_path is not None and re.match(r"\w+:/", str(url_or_file_path)):
+    async def move_upload(path):
+        if path is not None and re.match(r"\w+:/", str(path)):
             raise say("a sound must be uploaded, addresses are not fetched")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(path)
+
+    audio.async_move_resource_to_block_cache = move_upload
 
 
 def say(sentence):
@@ -347,7 +351,8 @@ class Page:
     def add_audio_tab(self):
         with gr.Row():
             with gr.Column(min_width=280):
-                audio = UploadedAudio(type="filepath", label="Sound", buttons=["download"], elem_id="audio-input")
+                audio = gr.Audio(type="filepath", label="Sound", buttons=["download"], elem_id="audio-input")
+                refuse_addresses(audio)
                 prompt = gr.Textbox(
                     label="Prompt", placeholder="thunder", max_length=MAX_TEXT_LENGTH, elem_id="audio-prompt"
                 )

@@ -65,6 +65,7 @@ from .checks import (
     check_rows_of_callback,
     check_schedule,
     check_strength,
+    check_student_call,
     check_text_encoder,
     check_timesteps,
     read_clips,
@@ -85,9 +86,19 @@ from .mel import (  # noqa: F401
 )
 from .model_files import check_loaded, check_savable, check_weights, find_model
 from .prompts import TextTrack, describe_loss
-from .schedule import SCHEDULERS, Schedule, check_not_in_use, in_use  # noqa: F401
+from .schedule import SCHEDULERS, Schedule, can_keep_num_steps, check_not_in_use, in_use  # noqa: F401
 from .seams import composite, split_band, used_samples  # noqa: F401
 from .single_file import single_file
+from .student import (
+    STUDENT_KEY,
+    call_defaults,
+    check_guidance_input,
+    check_student,
+    describe_misuse,
+    student_adapters,
+    student_scheduler,
+    timesteps_of_call,
+)
 from .torch_settings import in_own_torch_settings, own_torch_settings
 from .windows import WindowPlan, blend_windows, window_weights, windows_over
 
@@ -160,6 +171,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             are white noise (`training.train_vocoder`). The others are mel bins.
         num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on the output
             of the vocoder. Small vocoders need them.
+        student (`dict`, *optional*): what [`check_student`] describes, if the UNet is a student, distilled to a few
+            steps. `register_student` sets it.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae->vocoder"
@@ -180,6 +193,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_guidance_interval: tuple[float, float] | list[float] = (0.0, 1.0),  # JSON knows lists only
         num_noise_channels: int = 0,
         num_mel_corrections: int = 0,
+        student: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -193,6 +207,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             num_noise_channels=num_noise_channels,
             num_mel_corrections=num_mel_corrections,
         )
+        if student is not None:  # so that others are saved without the entry, as they were before there were students
+            self.register_to_config(**{STUDENT_KEY: check_student(student)})
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 4
         self.unet_scale_factor = 2 ** (len(self.unet.config.block_out_channels) - 1) if unet is not None else 8
         self.hop_length = math.prod(self.vocoder.config.upsample_rates) if vocoder is not None else MEL_HOP_LENGTH
@@ -265,6 +281,31 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         super().register_to_config(**kwargs)
         if "_name_or_path" in kwargs and type(self).__module__.startswith("diffusers_modules."):
             check_loaded(kwargs["_name_or_path"], self.components, [type(self).__name__])
+
+    def register_student(self, student):
+        """Say in the config, which `save_pretrained` saves, that the UNet is a student, and take the scheduler that
+        the student was distilled for, with the betas and the prediction type of the one before.
+
+        Args:
+            student (`dict`): see [`check_student`].
+
+        Raises:
+            ValueError: if `student` is none, or not one for the UNet, or a LoRA makes one of the UNet already.
+        """
+        student = check_student(student)
+        if student_adapters(self.unet):
+            raise ValueError(
+                "A LoRA makes the UNet a student already: to keep it, call `fuse_lora()`, `unload_lora_weights()`."
+            )
+        check_guidance_input(student, self.unet, self.config.default_guidance_scale)
+        self.register_to_config(**{STUDENT_KEY: student})
+        self.scheduler = student_scheduler(student, self.scheduler)
+
+    @property
+    def student(self):
+        """What the checkpoint of a student says of it, a `dict` as [`check_student`] describes, where the UNet is one:
+        by a LoRA that is active or fused, or by the pipeline's config. Else `None`."""
+        return next(iter(student_adapters(self.unet).values()), self.config.get(STUDENT_KEY))
 
     @property
     def num_mel_bins(self):
@@ -590,7 +631,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         input_audio = InputAudio(clips, masks, audio_start_in_s, audio_length_in_s, frequency_mask_in_hz, strength)
         check_input_audio(input_audio, stream)
         has_own_steps = timesteps is not None or sigmas is not None
-        check_strength(input_audio, None if has_own_steps else num_inference_steps, self.scheduler)
+        may_keep_steps = self.student is not None and can_keep_num_steps(self.scheduler)
+        check_strength(input_audio, None if has_own_steps or may_keep_steps else num_inference_steps, self.scheduler)
         return windows, keyframes, input_audio
 
     def _plan_windows(self, audio_length_in_s, window_length_in_s, window_batch_size, window_order):
@@ -666,11 +708,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 (`pipe.config.default_audio_length_in_s`).
             num_inference_steps (`int`, *optional*):
                 Number of denoising steps. More are slower and usually better. Defaults to the checkpoint's own
-                (`pipe.config.default_num_inference_steps`), 100 for Tango.
+                (`pipe.config.default_num_inference_steps`), 100 for Tango, or to the student's.
             guidance_scale (`float`, *optional*):
                 Weight of classifier-free guidance (https://huggingface.co/papers/2207.12598). 1 or less turns it off,
                 which halves the work. Defaults to the checkpoint's own (`pipe.config.default_guidance_scale`), 3 for
-                Tango.
+                Tango, or to 1 for a student that has guidance of one scale inside.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
                 From 0 to 1: how far to rescale the guided prediction to the standard deviation of the conditional one
                 (equation 16 of https://huggingface.co/papers/2305.08891), against over-exposure at high guidance.
@@ -681,7 +723,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Number of waveforms for each prompt; those of a prompt are next to each other in the output.
             eta (`float`, *optional*):
                 The eta of DDIM (https://huggingface.co/papers/2010.02502), and the gamma of TCD. Defaults to the
-                scheduler's own; other schedulers ignore it.
+                scheduler's own, or the student's; other schedulers ignore it.
             timesteps (`list[int]`, *optional*):
                 Timesteps to use, descending, instead of `num_inference_steps` evenly spaced ones, with schedulers that
                 support it.
@@ -721,7 +763,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 Sampling rate of `audio`, to be given with it.
             strength (`float`, *optional*):
                 Fraction of the schedule that is run from the noised audio, above 0 and up to 1, as in image-to-image.
-                At 1 the audio has no influence where it is regenerated. Defaults to 1 for inpainting, else to 0.5.
+                At 1 the audio has no influence where it is regenerated. Defaults to 1 for inpainting, else to 0.5. It
+                takes that fraction of the steps; a student, with LCM or TCD, takes all its steps in that fraction.
             mask (`list`, `np.ndarray` or `torch.Tensor`, *optional*):
                 Inpainting mask, the part of `audio` to regenerate: regions `[(start, end), ...]` in seconds of the
                 audio, for all clips; a list of such lists, one for each clip; or an array, of 1 where to regenerate
@@ -775,10 +818,17 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
+        student = self.student
+        own_num_steps, own_guidance_scale = call_defaults(self.config, student)
         if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
+            num_inference_steps = own_num_steps
         if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
+            guidance_scale = own_guidance_scale
+        if student is not None:
+            eta = student.get("eta") if eta is None else eta
+            if timesteps is None and sigmas is None:
+                timesteps = timesteps_of_call(student, self.scheduler, num_inference_steps)
+        given_guidance_interval = guidance_interval
         if guidance_interval is None:
             guidance_interval = self.config.default_guidance_interval
         if audio is not None:
@@ -793,6 +843,11 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             frequency_mask_in_hz, audio_start_in_s, window_length_in_s, window_batch_size, window_order, stream,
             guidance_interval,
         )  # fmt: skip
+        if student is not None:
+            given = guidance_scale, guidance_rescale, given_guidance_interval, negative_prompt, negative_prompt_embeds
+            check_student_call(self, *given)
+            for sentence in describe_misuse(student, self.scheduler, guidance_scale):
+                logger.warning(sentence)
         num_waveforms = len(keyframes) * num_waveforms_per_prompt
 
         # 2. Call state, which callbacks may change
@@ -828,6 +883,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             sigmas,
             strength=1.0 if input_audio is None else input_audio.strength,
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
+            keeps_num_steps=student is not None,
         )
         check_schedule(schedule, self.unet.config.in_channels)
         call_state["_num_timesteps"] = self._num_timesteps = len(schedule.timesteps)

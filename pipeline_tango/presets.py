@@ -3,7 +3,7 @@
 import math
 
 
-SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm")  # those of `SCHEDULERS`
+SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm", "tcd")  # those of `SCHEDULERS`
 
 # What --fast sets. Each is also a flag, and explicit flags override the preset. The guidance scale is higher than
 # usual, since guidance is on in half of the steps. DeepCache is for models of the released width only.
@@ -20,14 +20,15 @@ def fast_settings(model):
 
 
 def most_steps(model, scheduler):
-    """The largest number of steps of a scheduler, given by its class name: LCM takes a subset of its
-    `original_inference_steps`. Of the others the pipeline says what they cannot do."""
-    from diffusers import LCMScheduler
+    """The largest number of steps of a scheduler, given by its class name: LCM and TCD take a subset of
+    their `original_inference_steps`. Of the others the pipeline says what they cannot do."""
+    from diffusers import LCMScheduler, TCDScheduler
 
-    if scheduler != LCMScheduler.__name__:
-        return math.inf
-    config = LCMScheduler.load_config(model, subfolder="scheduler")
-    return LCMScheduler.from_config(config).config.original_inference_steps
+    for cls in (LCMScheduler, TCDScheduler):
+        if scheduler == cls.__name__:
+            config = cls.load_config(model, subfolder="scheduler")
+            return cls.from_config(config).config.original_inference_steps
+    return math.inf
 
 
 def choose_dtypes(name, device, fast=False):

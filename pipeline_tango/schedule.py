@@ -13,6 +13,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -26,6 +27,7 @@ SCHEDULERS = {
     "heun": HeunDiscreteScheduler,
     "pndm": PNDMScheduler,
     "lcm": LCMScheduler,
+    "tcd": TCDScheduler,
 }
 
 
@@ -38,6 +40,8 @@ class Schedule:
         timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): either of them is used instead.
         strength (`float`, *optional*, defaults to 1.0): fraction of the steps that is taken, as in image-to-image.
         step_kwargs (`dict`, *optional*): further arguments of the scheduler's `step`.
+        keeps_num_steps (`bool`, *optional*, defaults to `False`): take all of `num_inference_steps` in the fraction of
+            the schedule that `strength` leaves, where the scheduler can, as LCM and TCD.
 
     Raises:
         ValueError: if the scheduler cannot set up such steps.
@@ -51,6 +55,7 @@ class Schedule:
         sigmas=None,
         strength=1.0,
         step_kwargs=None,
+        keeps_num_steps=False,
     ):
         self.scheduler = scheduler
         self.strength = strength
@@ -61,6 +66,9 @@ class Schedule:
             self.given = {"sigmas": sigmas}
         else:
             self.given = {"num_inference_steps": num_inference_steps}
+        self.keeps_num_steps = (
+            keeps_num_steps and "num_inference_steps" in self.given and can_keep_num_steps(scheduler)
+        )
         with self._refusals():
             self.restart()
 
@@ -70,10 +78,11 @@ class Schedule:
         They are on the CPU, where the tables of the scheduler are: to look up a timestep that is on a GPU
         in them would synchronise with the GPU at every step."""
         scheduler = self.scheduler
-        scheduler.set_timesteps(**self.given, device="cpu")
+        self._set_timesteps(scheduler)
         timesteps, order = scheduler.timesteps, scheduler.order
         self.num_all_steps = self.given.get("num_inference_steps", math.ceil(len(timesteps) / order))
-        self.num_steps = min(int(self.num_all_steps * self.strength), self.num_all_steps)
+        strength = 1.0 if self.keeps_num_steps else self.strength
+        self.num_steps = min(int(self.num_all_steps * strength), self.num_all_steps)
         num_skipped = self.num_all_steps - self.num_steps
         if num_skipped > 0 and isinstance(scheduler, PNDMScheduler):
             # it takes its second step twice, wherever it starts
@@ -86,6 +95,10 @@ class Schedule:
             # for those of the others
             scheduler.set_begin_index(num_skipped * order)
         self.timesteps = timesteps
+
+    def _set_timesteps(self, scheduler):
+        strength = {"strength": self.strength} if self.keeps_num_steps and self.strength < 1 else {}
+        scheduler.set_timesteps(**self.given, **strength, device="cpu")
 
     def rehearse(self, num_channels):
         """Take all steps in a copy of the scheduler, with small tensors in place of the models, since schedulers that
@@ -102,7 +115,7 @@ class Schedule:
         step_kwargs = self.step_kwargs | ({"generator": generator} if "generator" in self.step_kwargs else {})
         with self._refusals(), torch.random.fork_rng(devices=[]):  # for schedulers without a generator
             scheduler = type(self.scheduler).from_config(self.scheduler.config)
-            scheduler.set_timesteps(**self.given, device="cpu")
+            self._set_timesteps(scheduler)
             scheduler.set_begin_index(len(scheduler.timesteps) - len(self.timesteps))
             latents = latents * scheduler.init_noise_sigma
             for t in self.timesteps:
@@ -153,6 +166,11 @@ class Schedule:
     def step(self, model_pred, t, latents):
         """Latents of the next timestep, always float32: some schedulers return float64."""
         return self.scheduler.step(model_pred, t, latents, **self.step_kwargs, return_dict=False)[0].float()
+
+
+def can_keep_num_steps(scheduler):
+    """Whether a scheduler can take a number of steps in a fraction of its schedule."""
+    return "strength" in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def check_not_in_use(*owners):

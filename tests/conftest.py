@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from checkpoints import write_full_size  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from evaluation_runs import write_recordings  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from peft.utils import get_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from savedmodel import random_weights, write_yamnet  # noqa: E402
 from scipy.io import wavfile  # noqa: E402
@@ -41,6 +43,7 @@ CONTRACT = {  # what .ci/contract runs with other versions of the libraries
     "test_publish",
     "test_schedule",
     "test_single_file",
+    "test_student",
     "test_to_original",
 }
 
@@ -73,6 +76,12 @@ RATE = 16000
 SHORT = {"num_inference_steps": 2, "audio_length_in_s": 0.3}
 QUICK = {"num_inference_steps": 2, "guidance_scale": 1.0}
 WINDOW = 0.32  # 8 latent frames
+STUDENT = {
+    "scheduler": "lcm",
+    "scheduler_options": {"original_inference_steps": 50},
+    "num_inference_steps": 4,
+    "guidance_scale": 4.0,
+}
 MOVING = [(0.0, "rain"), (0.6, "dog")]
 LONG = {"audio_length_in_s": 0.6, "window_length_in_s": 0.32}  # 3 windows
 
@@ -183,6 +192,18 @@ def build_components():
     }
 
 
+def student_layers(pipe, seed=1, rank=4):
+    """LoRA layers (state dict) of the kinds of layers that an LCM-LoRA has, and their metadata."""
+    unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1"]
+    targets += ["conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    generator = torch.Generator().manual_seed(seed)
+    layers = get_peft_model_state_dict(unet)
+    layers = {name: 0.1 * torch.randn(each.shape, generator=generator) for name, each in layers.items()}
+    return layers, unet.peft_config["default"].to_dict()
+
+
 def seeds(*numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
@@ -272,6 +293,15 @@ def short_folder(tmp_path_factory):
     """As `tiny_folder`, with clips of 0.32 s. Shared by the session: never write into it."""
     folder = tmp_path_factory.mktemp("short") / "tango"
     TangoPipeline(**build_components(), default_audio_length_in_s=0.32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory):
+    """A LoRA of random weights that says that it makes a student. Shared by the session: never write into it."""
+    folder = tmp_path_factory.mktemp("student") / "lora"
+    layers, metadata = student_layers(TangoPipeline(**build_components()))
+    TangoPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata, student=STUDENT)
     return folder
 
 

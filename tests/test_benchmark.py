@@ -195,6 +195,16 @@ def test_what_a_variant_does_to_the_sound_is_told(measured):
     assert preset["steps"] == FAST["steps"] and preset["latents_db"] is None and preset["sound_db"] is None
 
 
+def test_a_student_takes_its_steps_without_guidance(measured):
+    settings = read_variant("student-2", "cpu")
+    assert (settings["scheduler"], settings["steps"], settings["guidance"]) == ("lcm", 2, 1.0)
+    assert settings["dtypes"] == read_variant("preset", "cpu")["dtypes"] and settings["deep_cache"] is None
+    student, plain = measured("student-2"), measured("plain")
+    assert student["steps"] == student["steps_timed"] == 2 and student["sound_db"] is None
+    halves = plain["flop"]["unet"] / plain["steps_timed"], student["flop"]["unet"] / 2
+    assert halves[1] < 0.6 * halves[0] and student["flop"]["text"] < plain["flop"]["text"]
+
+
 def test_conv2d_is_the_same_function(components):
     vocoder, mel_spectrogram = components["vocoder"], torch.randn(2, 20, 64)
     with torch.no_grad():

@@ -30,9 +30,10 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "json_files": set(),
     "input_audio": {"mel"},
     "model_files": {"json_files"},
-    "lora": {"json_files", "model_files"},
+    "student": {"schedule"},
+    "lora": {"json_files", "model_files", "student"},
     "seams": {"input_audio", "mel"},
-    "checks": {"input_audio", "mel", "prompts", "schedule", "windows"},
+    "checks": {"input_audio", "mel", "prompts", "schedule", "student", "windows"},
 }
 INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
 INFERENCE |= {

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import STUDENT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
 
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
-from pipeline_tango.__main__ import main, read_prompts
+from pipeline_tango.__main__ import choose_student, main, parse_arguments, read_prompts
 from pipeline_tango.presets import SCHEDULER_NAMES, attends_in_blocks
 from pipeline_tango.sound_files import encode_wav, read_audio
 from pipeline_tango.sound_folder import encode_manifest, locked
@@ -143,6 +145,96 @@ def test_fast_is_what_its_flags_are(tango, pipe, tmp_path):
     options["audio_length_in_s"] = 0.1
     audio = pipe("rain", generator=torch.Generator().manual_seed(0), **options).audios[0]
     assert np.abs(wavfile.read("fast/00001.wav")[1] - audio * 32768).max() <= 1
+
+
+@pytest.fixture
+def as_tango_tiny(tiny_folder, student_folder, monkeypatch):
+    """The tiny checkpoint in place of tango-tiny, and a student for it."""
+    monkeypatch.setattr("pipeline_tango.__main__.TANGO_TINY", str(tiny_folder))
+    monkeypatch.setattr("pipeline_tango.__main__.TANGO_TINY_STUDENT", str(student_folder))
+
+
+def run_fast(tiny_folder, capsys, *arguments):
+    """What `tango` prints first, and the record of the sound that it makes of "rain"."""
+    Path("rain.txt").write_text("rain\n")
+    folder = f"out-{len(os.listdir())}"
+    arguments = ["--prompts", "rain.txt", "-o", folder, "--seconds", "0.1", "--device", "cpu", *arguments]
+    assert main(["--model", str(tiny_folder), "--dtype", "float32", *map(str, arguments)]) == 0
+    (record,) = records_of(Path(folder))
+    return capsys.readouterr().err.splitlines()[0], record, wavfile.read(f"{folder}/00001.wav")[1]
+
+
+def test_fast_takes_the_student_of_tango_tiny(
+    as_tango_tiny, tiny_folder, student_folder, pipe, tango, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline_tango.TangoPipeline.load_lora_weights", None)  # which needs peft, an extra
+        line, record, samples = run_fast(tiny_folder, capsys, "--fast")
+    assert line.startswith("tango-tiny with its student on cpu in float32, LCMScheduler")
+    assert (record["student"], record["steps"], record["guidance"]) == (True, 4, 1.0)
+    assert (record["model"], record["scheduler"]) == ("tango-tiny", "LCMScheduler")
+    assert "guidance_interval" not in record
+    pipe.load_lora_weights(student_folder)
+    audio = pipe("rain", audio_length_in_s=0.1, generator=torch.Generator().manual_seed(0)).audios[0]
+    assert np.abs(samples - audio * 32768).max() <= 2
+
+
+def test_flags_that_ask_for_more_turn_the_student_off(as_tango_tiny, tiny_folder, student_folder, tango, capsys):
+    def steps_of(*flags):
+        line, record, _ = run_fast(tiny_folder, capsys, *flags)
+        return line.split(" on cpu")[0], record["steps"], record["scheduler"][:3]
+
+    off = "tango-tiny without its student, because of "
+    assert steps_of("--student") == ("tango-tiny with its student", 4, "LCM")
+    assert steps_of("--fast", "--steps", 2) == ("tango-tiny with its student", 2, "LCM")
+    assert steps_of("--fast", "--no_student") == ("tango-tiny", 12, "DPM")
+    assert steps_of("--fast", "--steps", 9) == (off + "--steps", 9, "DPM")
+    assert steps_of("--fast", "--negative_prompt", "dog") == (off + "--negative_prompt", 12, "DPM")
+    assert steps_of("--fast", "--scheduler", "ddim") == (off + "--scheduler", 12, "DDI")
+    assert steps_of("--fast", "--guidance", 2, "--steps", 2)[0] == off + "--guidance"
+    assert steps_of("--steps", 2) == ("tango-tiny", 2, "DDP")
+
+
+def test_a_lora_that_makes_a_student_sets_what_a_call_takes(tiny_folder, student_folder, tango, pipe, capsys):
+    for flags in ((), ("--fast",)):
+        line, record, samples = run_fast(tiny_folder, capsys, "--lora", student_folder, *flags)
+        assert f"{tiny_folder}, a student on cpu in float32, LCMScheduler" in line
+        assert (record["steps"], record["guidance"], record["lora"]) == (4, 1.0, str(student_folder))
+        assert "student" not in record and "guidance_interval" not in record
+
+
+def test_a_student_takes_the_numbers_of_steps_that_it_was_distilled_for(
+    as_tango_tiny, tiny_folder, student_folder, error_of, tmp_path, monkeypatch
+):
+    (path,) = student_folder.iterdir()
+    student = STUDENT | {"timesteps": {"4": [999, 770, 480, 180], "1": [999]}}
+    save_file(load_file(path), tmp_path / path.name, {"student": json.dumps(student)})
+    monkeypatch.setattr("pipeline_tango.__main__.TANGO_TINY_STUDENT", str(tmp_path))
+    rain = ["rain", "--model", str(tiny_folder), "--device", "cpu"]
+    status, line = error_of(*rain, "--student", "--steps", 3)
+    assert status == 2 and "steps must be one of 4, 1, which the student was distilled for, got 3" in line
+    for steps, note in (("3", " without its student, because of --steps"), ("1", " with its student")):
+        args = parse_arguments([*rain, "--fast", "--steps", steps])
+        found = choose_student(args)
+        assert found == (student if steps == "1" else None, note) and bool(args.student) == (steps == "1")
+
+
+def test_what_a_student_cannot_do_is_one_line(as_tango_tiny, tiny_folder, student_folder, error_of, tmp_path):
+    rain = ["rain", "--model", tiny_folder, "--device", "cpu", "-o", tmp_path / "rain.wav"]
+    for flags, message in (
+        (["--negative_prompt", "dog"], "negative_prompt has no effect on a student"),
+        (["--guidance_interval", "0-0.5"], "guidance_interval has no effect on a student"),
+        (["--deep_cache", 2], "deep_cache is not for students"),
+        (["--steps", 51], "steps must be at most 50 with the LCMScheduler, got 51"),
+        (["--lora", student_folder], "--student adds a student to tango-tiny, but the model is one already"),
+        (["--no_student"], "--no_student: not allowed with argument --student"),
+        (["--model", "tango2-of-nobody"], "no model in tango2-of-nobody"),
+    ):
+        status, line = error_of(*rain, "--student", *flags)
+        assert (status, message in line) == (1 if "--model" in flags else 2, True), line
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    status, line = error_of(*rain, "--model", other, "--student")
+    assert status == 2 and "--student belongs to tango-tiny" in line
 
 
 @pytest.mark.parametrize("flags, expected", [("--fast --dtype bfloat16", True), ("--fast", False), ("", False)])
@@ -812,7 +904,7 @@ def test_a_wrong_command_line_does_not_import_torch():
 
 
 FLAGS = ["--seconds", "--steps", "--takes", "--seed", "--guidance", "--prompts", "-o", "--spectrogram", "--device"]
-FLAGS += ["--fast", "--guidance_interval", "--deep_cache"]
+FLAGS += ["--fast", "--student", "--no_student", "--guidance_interval", "--deep_cache"]
 FLAGS += ["--audio", "--strength", "--mask", "--continue", "--frequency_mask"]
 FLAGS += ["--negative_prompt", "--scheduler", "--dtype", "--quiet", "--overwrite", "--batch_size", "--help", "--", "-"]
 VALUES = ["0", "1", "2", "-1", "0.05", "nan", "1e999", "9" * 30, "rain", "a.wav", "a.png", "list", "out", "cpu", "lcm"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import STUDENT
 from hub import Hub, start
 from huggingface_hub import ModelCard
 from hypothesis import given
@@ -200,6 +201,20 @@ def test_card_says_which_variant_to_load_when_there_is_only_one(copy):
     card = ModelCard((copy / "README.md").read_text())
     assert card.content.count('variant="fp16"') == 2 and "float16" in card.content
     assert card.data.license == "cc0-1.0" and card.data.base_model is None
+
+
+def test_a_student_is_published_with_its_number_of_steps(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"student": STUDENT}))
+    (copy / "README.md").unlink()
+    check_folder(copy)
+    add_card_and_code(copy)
+    card = (copy / "README.md").read_text()
+    assert "- Student: distilled to few steps, by default 4; guidance 4 inside\n" in card
+    assert 'audio = pipe("Rain falling on a metal roof").audios[0]' in card and "=100" not in card
+    (copy / "model_index.json").write_text(json.dumps(index | {"student": STUDENT | {"scheduler": "x"}}))
+    with pytest.raises(ValueError, match="model_index.json: `scheduler` of a student has to be"):
+        check_folder(copy)
 
 
 def test_card_keeps_the_name_of_a_local_source_but_not_its_path(copy, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -560,7 +562,8 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
     recordings = packing.recordings_of(samples, index, "train")
     tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
     categories = sorted(recordings.indices)
-    batches = train_scenes.SceneBatches(recordings, categories, tokenizer, {81920: (6, 1.0)}, seed=3)
+    in_caption = sorted({row["caption"] for row in index})
+    batches = train_scenes.SceneBatches(recordings, (categories, in_caption), tokenizer, {81920: (6, 1.0)}, seed=3)
     batch, again = batches[4], batches[4]
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
     rng = np.random.default_rng([3, 4])
@@ -571,11 +574,112 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
         waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
         expected = scenes.render(scene.events, waveforms, 81920, peak)
         np.testing.assert_allclose(waveform, expected, atol=2e-4)
-    scene = scenes.Scene([], [], ["bee", "cow", "rain"], "sequence over background")
-    halves = batches.heard_in_halves(scene)
-    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "rain"}, {"cow", "rain"}]
-    halves = batches.heard_in_halves(scene._replace(relation="sequence of three"))
-    assert [{categories[i] for i in np.flatnonzero(half)} for half in halves] == [{"bee", "cow"}, {"cow", "rain"}]
+    heard = batch["heard"]
+    assert heard.shape == (6, 4, 2, 2)
+    assert (heard[:, 3].any((1, 2)) == [not scene.relation.startswith("sequence") for scene in drawn]).all()
+
+
+def test_places_tell_which_sounds_come_first_between_last_and_throughout(recordings):
+    categories = sorted(recordings.indices)
+    names = (categories, sorted({row["caption"] for row in recordings.rows}))
+    batches = train_scenes.SceneBatches(recordings, names, None, {}, seed=3)
+
+    def places(relation, *heard):
+        scene = scenes.make_scene(np.random.default_rng(0), recordings, 81920, relation, list(heard))
+        result = batches.heard_at_places(scene)
+        for category, caption in result[result[..., 0] > 0]:
+            captions = {row["caption"] for row in recordings.rows if row["category"] == categories[category - 1]}
+            assert names[1][caption - 1] in captions
+        assert ((result > 0).all(2) == (result > 0).any(2)).all()
+        return [" ".join(dict.fromkeys(categories[i - 1] for i in place if i)) for place in result[..., 0]]
+
+    assert places("single", "cow") == ["", "", "", "cow"]
+    assert places("background", "cow", "rain") == ["", "", "", "cow rain"]
+    assert places("sequence", "cow", "bee") == ["cow", "", "bee", ""]
+    assert places("sequence of three", "bee", "cow", "rain") == ["bee", "cow", "rain", ""]
+    assert places("sequence over background", "cow", "bee", "rain") == ["cow", "", "bee", "rain"]
+
+
+def test_parts_of_a_batch_hold_each_caption_once_and_whole():
+    lengths = np.array([3, 9, 5, 2, 7, 3, 4])
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    batch = {"ids": np.arange(1, 8)[:, None] * mask, "mask": mask, "heard": np.arange(7)}
+    parts = list(train_scenes.by_length(batch, torch.Generator().manual_seed(0)))
+    assert [part["ids"].shape for part in parts] != sorted(part["ids"].shape for part in parts)
+    assert sorted(int(i) for part in parts for i in part["heard"]) == list(range(7))
+    for part in parts:
+        assert (part["mask"].sum(1) == lengths[part["heard"]]).all() and part["mask"].any(0).all()
+        assert (part["ids"] == batch["ids"][part["heard"], : part["ids"].shape[1]]).all()
+
+
+def test_heads_tell_the_order_of_no_states_that_only_name_the_sounds():
+    """The logits depend on the set of states: tokens in another order, or padding, have the same."""
+    heads = train_scenes.Heads(8, [5, 7])
+    states = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    order = torch.tensor([3, 1, 0, 2, 5, 4])
+    expected, again = heads(states, mask), heads(states[:, order], mask[:, order])
+    alone = heads(states[:1, :4], mask[:1, :4])
+    assert [each.shape for both in expected for each in both] == 2 * [(2, 4, 6), (2, 4, 8)]
+    for both, others, first in zip(expected, again, alone, strict=True):
+        for kind in range(2):
+            torch.testing.assert_close(both[kind], others[kind])
+            torch.testing.assert_close(both[kind][:1], first[kind])
+    # the second pair weights tokens for each place
+    with torch.no_grad():
+        heads.query.weight.zero_()
+        heads.query.bias.zero_()
+        uniform = heads(states, mask)[1][0]
+        heads.query.weight[1, 0] = 1e3
+        picked = heads(states, mask)[1][0]
+    assert torch.equal(picked[:, [0, 2, 3]], uniform[:, [0, 2, 3]])
+    largest = states[[0, 1], [int(states[0, :4, 0].argmax()), int(states[1, :, 0].argmax())]]
+    torch.testing.assert_close(picked[:, 1], heads.of_average(largest)[:, :6])
+
+
+def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
+    folder, _ = packed
+    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+    def shares():
+        """Of the attention of the middle tokens, how much goes to earlier and to later ones, by head."""
+        with torch.no_grad():
+            (attention,) = text_encoder(ids, output_attentions=True).attentions  # (1, num_heads, 6, 6)
+        rows = attention[0, :, 2:4]
+        earlier, later = torch.tril(torch.ones(6, 6), -1)[2:4], torch.triu(torch.ones(6, 6), 1)[2:4]
+        return (rows * earlier).sum((1, 2)) / 2, (rows * later).sum((1, 2)) / 2
+
+    before = shares()
+    assert (before[0] - before[1]).abs().max() < 0.4
+    train_scenes.look_to_both_sides(text_encoder)
+    earlier, later = shares()
+    assert (earlier[:2] > 5 * later[:2]).all() and (later[2:] > 5 * earlier[2:]).all()
+    train_scenes.look_to_both_sides(text_encoder)  # they tell sides already
+    assert torch.equal(shares()[0], earlier)
+
+
+def test_the_text_loss_is_the_surprise_at_each_place_summed(packed):
+    folder, _ = packed
+    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text").eval()
+    heads = train_scenes.Heads(text_encoder.config.d_model, [3, 4])
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    models = train_scenes.Models(None, text_encoder, heads, None, (None, None))
+    ids = torch.tensor([[5, 6, 1]])
+    mask, nothing = torch.ones_like(ids), torch.zeros(1, 4, 2, 2, dtype=torch.long)
+    heard = nothing.clone()
+    heard[0, 0, 1] = torch.tensor([1, 2])
+    with torch.no_grad():
+        equal = models.text_losses(ids, mask, nothing)[1]
+        heads.of_mean.bias[1] = np.log(2)  # category 1 first
+        heads.of_mean.bias[4 + 2] = np.log(3)  # caption 2 first
+        unequal = models.text_losses(ids, mask, heard)[1]
+    assert float(equal) == pytest.approx(2 * 4 * (np.log(4) + np.log(5)), rel=1e-5)
+    of_mean = [3 * np.log(4), 3 * np.log(5), np.log(5) / 2 + np.log(5 / 2) / 2, np.log(7) / 2 + np.log(7 / 3) / 2]
+    assert float(unequal) == pytest.approx(4 * np.log(4) + 4 * np.log(5) + sum(of_mean), rel=1e-5)
+    models.freeze_text_encoder()
+    assert not models.text_losses(ids, mask, heard)[1].any()
 
 
 def test_the_loss_is_that_of_training_objective():
@@ -597,6 +701,32 @@ def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
     assert float((cells @ matrix[:-1] + matrix[-1] - expected).abs().mean()) < 0.01 < float(expected.std()) / 100
     with pytest.raises(ValueError, match="`vae` has to have a linear encoder"):
         train_scenes.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
+
+
+def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
+    torch.manual_seed(0)
+    model, unused = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
+    models = SimpleNamespace(parameters=lambda: [*model.parameters(), *unused.parameters()])
+    average = train_scenes.Average(models, 1e9, decay=0.5)
+    expected = [p.detach().clone() for p in plain.parameters()]
+    for step in range(9):
+        inputs = torch.randn(4, 3)
+        model(inputs).square().mean().backward()
+        plain(inputs).square().mean().backward()
+        norm = average.update(step, 0.1)
+        assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, plain.parameters(), strict=True)]
+    for ours, theirs, mean, e in zip(model.parameters(), plain.parameters(), average.averages, expected):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(mean, e)
+    model.bfloat16()
+    average.use(average.averages)
+    assert all(torch.equal(p, mean.bfloat16()) for p, mean in zip(model.parameters(), average.averages))
 
 
 def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed, tmp_path, capsys):
@@ -633,12 +763,54 @@ def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed,
     assert "has no folder unet" in capsys.readouterr().err
 
 
+def test_a_text_encoder_trained_alone_is_left_as_it_is_beside_a_unet_that_goes_on(packed, tmp_path):
+    folder, _ = packed
+    common = [folder / "recordings", "--batch_size", 1, "--num_workers", 0, "--num_validation_scenes", 1]
+    common += ["--device", "cpu", "--decoder_seconds", 0]
+    config = json.loads((assemble.HERE / "unet_second.json").read_text())
+    config |= {"block_out_channels": [8, 16, 16], "attention_head_dim": 2, "norm_num_groups": 8}
+    (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
+    common += ["--unet_config", tmp_path / "unet.json"]
+
+    def run(name, *flags):
+        flags = [*common, "--output_dir", tmp_path / name, *flags]
+        train_scenes.main(list(map(str, flags)))
+        files = (tmp_path / name).glob("*/*.safetensors")
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return {path.parent.name: load_file(path) for path in files}, [json.loads(line) for line in lines]
+
+    def differ(a, b):
+        return any(not torch.equal(a[name].half(), b[name].half()) for name in a)
+
+    alone = ["--text_encoder", folder / "text", "--text_only", "--max_steps", 9, "--save_every", 0]
+    text, log = run("text", *alone, "--unet_config", tmp_path / "unet.json")
+    assert text.keys() == {"text_encoder"} and log[-1]["text_steps"] == 9
+    assert differ(text["text_encoder"], load_file(folder / "text" / "model.safetensors"))
+    frozen = ["--text_encoder", tmp_path / "text", "--freeze_text_encoder", "--text_seconds", 0]
+    first, log = run("first", *frozen, "--max_steps", 2)
+    assert first.keys() == {"text_encoder", "unet"}
+    assert not differ(first["text_encoder"], text["text_encoder"])
+    assert not any("text_loss" in entry or "order_accuracy" in entry for entry in log)
+    assert max(entry["step"] for entry in log) == 2
+    second, _ = run("second", *frozen, "--unet", tmp_path / "first" / "unet", "--learning_rate", 0, "--max_steps", 1)
+    assert not differ(second["unet"], first["unet"])
+    joint, log = run("joint", "--text_encoder", tmp_path / "text", "--text_seconds", 0, "--max_steps", 2)
+    assert differ(joint["text_encoder"], text["text_encoder"])
+    assert any("text_loss" in entry for entry in log)
+
+
 def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
     folder, _ = packed
     flags = [str(folder / "recordings"), "--text_encoder", str(folder / "text"), "--output_dir", str(tmp_path)]
-    with pytest.raises(SystemExit, match="`cross_attention_dim` 32 of the text encoder, not 256"):
+    with pytest.raises(SystemExit, match="`unet_config` .* `cross_attention_dim` 32 of the text encoder, not 256"):
         train_scenes.main([*flags, "--device", "cpu"])
-    for more, message in ((["--seconds", "60"], "--seconds has to be more than 79"), (["--vae", "x"], "`vae`")):
+    for more, message in (
+        (["--seconds", "60"], "--seconds has to be more than 79"),
+        (["--vae", "x"], "`vae`"),
+        (["--unet", "x"], "`unet`"),
+        (["--text_loss_weight", "-1"], "at least 0"),
+        (["--text_only", "--freeze_text_encoder"], "exclude each other"),
+    ):
         with pytest.raises(SystemExit):
             train_scenes.main([*flags, *more])
         assert message in capsys.readouterr().err

@@ -42,11 +42,19 @@ class Denoiser(torch.nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, noisy_latents, timesteps, text, attention_mask):
-        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains."""
+    def forward(self, noisy_latents, timesteps, text, attention_mask, timestep_cond=None):
+        """`text`: hidden states (batch, tokens, hidden), or token ids (batch, tokens) if the text encoder trains.
+        `timestep_cond`: embedding of a guidance scale, for UNets that read one."""
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
-        return self.unet(noisy_latents, timesteps, text, encoder_attention_mask=attention_mask, return_dict=False)[0]
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            text,
+            timestep_cond=timestep_cond,
+            encoder_attention_mask=attention_mask,
+            return_dict=False,
+        )[0]
 
 
 def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
@@ -153,7 +161,8 @@ def build_optimizer(args, parameters):
 
 def log_memory(args, accelerator, pipe, parameters):
     """Log what trains and about how much memory it takes."""
-    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if args.train_text_encoder else "UNet"
+    trains_text = getattr(args, "train_text_encoder", False)
+    what = "LoRA layers" if args.lora_rank else "UNet and text encoder" if trains_text else "UNet"
     num_trained = sum(parameter.numel() for parameter in parameters)
     models = (pipe.unet, pipe.text_encoder, pipe.vae)
     num_bytes = sum(each.numel() * each.element_size() for model in models for each in model.parameters())
@@ -200,13 +209,15 @@ def gather_weights(accelerator, pipe, model):
             getattr(pipe, component).load_state_dict(state)
 
 
-def save_lora(pipe, folder):
-    """The LoRA layers as a file that `load_lora_weights` reads."""
+def save_lora(pipe, folder, student=None):
+    """The LoRA layers as a file that `load_lora_weights` reads, of a `student` if that is given."""
     from peft.utils import get_peft_model_state_dict
 
     config = pipe.unet.peft_config["default"].to_dict()
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    TangoPipeline.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config)
+    TangoPipeline.save_lora_weights(
+        folder, get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=config, student=student
+    )
     sort_metadata(Path(folder) / "pytorch_lora_weights.safetensors")
 
 

@@ -42,7 +42,9 @@ def make_sounds(args, accelerator, pipe, step, scheduler, **options):
     pipe.unet.train()
 
 
-def save_result(args, accelerator, pipe, model, name, summary, made="Trained with `training.train`", tags=()):
+def save_result(
+    args, accelerator, pipe, model, name, summary, made="Trained with `training.train`", tags=(), student=None
+):
     """The trained weights with a card under `output_dir/name`: a diffusers folder, or with `--lora_rank` a LoRA file.
     Collective: every process takes part.
 
@@ -50,6 +52,7 @@ def save_result(args, accelerator, pipe, model, name, summary, made="Trained wit
         summary (`dict`): figures of the card.
         made (`str`): how the card begins.
         tags (`Sequence[str]`): of the card, beside the usual ones.
+        student (`dict`, *optional*): what the weights are where they were distilled; see [`check_student`].
     """
     if not args.lora_rank:
         gather_weights(accelerator, pipe, model)
@@ -66,9 +69,11 @@ def save_result(args, accelerator, pipe, model, name, summary, made="Trained wit
     code = "from pipeline_tango import TangoPipeline\n\npipe = TangoPipeline.from_pretrained("
     with replacing(Path(args.output_dir) / name) as folder:
         if args.lora_rank:
-            save_lora(pipe, folder)
+            save_lora(pipe, folder, student)
             code += '"BASE")\npipe.load_lora_weights("THIS_FOLDER_OR_REPO")'
         else:
+            if student is not None:
+                pipe.register_student(student)
             pipe.save_pretrained(folder)
             code += '"THIS_FOLDER_OR_REPO")'
         sounds = copy_sounds(Path(args.output_dir) / "samples", folder, args.validation_prompts)

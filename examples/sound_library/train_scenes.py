@@ -3,11 +3,18 @@
     python -m examples.sound_library.train_scenes PACKED --text_encoder TEXT --output_dir OUT --seconds 480
 
 PACKED is written by `examples.sound_library.pack`, TEXT by `training.train_tokenizer`. Worker processes draw the
-scenes, and the GPU mixes them, so that no two steps see the same clip. First the text encoder alone learns to say what
-is heard in each half of a scene, which tells "A then B" from "B then A"; then it goes on with that beside the UNet's
-diffusion loss; then the decoder of the VAE is trained on. OUT gets folders of components for `assemble.py
---components`, with averaged weights in float16, and `args.json` and `log.jsonl` for its `--runs`. A run cannot be
-resumed.
+scenes, and the GPU mixes them, so that no two steps see the same clip. First the text encoder alone learns to say
+which sounds come first, between, last and throughout, which tells "A then B" from "B then A"; then it goes on with
+that beside the UNet's diffusion loss, or is frozen (`--freeze_text_encoder`); then the decoder of the VAE is trained
+on. OUT gets folders of components for `assemble.py --components`, with averaged weights in float16, and `args.json`
+and `log.jsonl` for its `--runs`. A run cannot be resumed, but another can start from its text encoder and UNet.
+
+The text encoder alone can be trained on a CPU (`--text_only`), which leaves all of the time on a GPU to the UNet:
+
+    python -m examples.sound_library.train_scenes PACKED --text_encoder TEXT --output_dir ORDER --text_only \\
+        --text_seconds 3600 --batch_size 16
+    python -m examples.sound_library.train_scenes PACKED --text_encoder ORDER --output_dir OUT --text_seconds 0 \\
+        --freeze_text_encoder
 """
 
 import argparse
@@ -35,6 +42,12 @@ from pipeline_tango.sound_files import write_atomically
 HERE = Path(__file__).parent
 MAX_TOKENS = 40
 LENGTH_SHARES = {40960: 0.15, 81920: 0.6, 163840: 0.25}  # samples of a clip -> share of the batches
+PLACES = ("first", "between", "last", "throughout")  # of a sound in a scene
+PLACES_OF = {  # of the sounds of a scene, by relation; of all others: throughout
+    "sequence": (0, 2),
+    "sequence of three": (0, 1, 2),
+    "sequence over background": (0, 2, 3),
+}
 LATENT_NOISE = 0.02  # standard deviation of the VAE's posterior
 SAVING_IN_S = 14  # reserved for validating and saving at the end
 SCHEDULER_CONFIG = {  # that of `training.train`
@@ -52,36 +65,54 @@ SCHEDULER_CONFIG = {  # that of `training.train`
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed", type=Path, help="folder written by examples.sound_library.pack")
-    parser.add_argument("--text_encoder", type=Path, required=True, help="folder written by training.train_tokenizer")
+    parser.add_argument(
+        "--text_encoder",
+        type=Path,
+        required=True,
+        help="folder of training.train_tokenizer, or OUT of another run",
+    )
     parser.add_argument("--unet_config", type=Path, default=HERE / "unet_second.json", help="config of the UNet")
+    parser.add_argument("--unet", type=Path, help="folder of the weights to start from, instead of --unet_config")
     parser.add_argument("--vae", type=Path, default=Path(TANGO_TINY) / "vae", help="VAE, whose encoder is kept")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--seconds", type=float, default=480, help="time limit of the whole run")
     parser.add_argument("--text_seconds", type=float, default=25, help="of these, the text encoder alone")
+    parser.add_argument("--text_only", action="store_true", help="train the text encoder alone, then stop")
+    parser.add_argument("--freeze_text_encoder", action="store_true", help="do not train it beside the UNet")
+    parser.add_argument("--text_loss_weight", type=float, default=0.02, help="of the text's loss beside the UNet's")
     parser.add_argument("--decoder_seconds", type=float, default=40, help="of these, the decoder at the end")
     parser.add_argument("--batch_size", type=int, default=128, help="clips of 5.12 s; double of 2.56, half of 10.24")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of UNet and text encoder")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of UNet, and of text encoder with it")
+    parser.add_argument("--text_learning_rate", type=float, default=1e-3, help="of the text encoder alone")
     parser.add_argument("--lr_warmup_steps", type=int, default=200, help="steps of linear warm-up")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
     parser.add_argument("--num_workers", type=int, default=max((os.cpu_count() or 2) - 3, 0), help="of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on CPUs float32")
-    parser.add_argument("--save_every", type=float, default=90, help="seconds between two savings")
-    parser.add_argument("--validate_every", type=float, default=45, help="seconds between two validations")
+    parser.add_argument(
+        "--memory_format",
+        choices=("channels_last", "contiguous_format"),
+        help="default: on a GPU the faster",
+    )
+    parser.add_argument("--save_every", type=float, default=90, help="seconds between two validations, with saving")
     parser.add_argument("--num_validation_scenes", type=int, default=48, help="held-out scenes of each kind")
     parser.add_argument("--max_steps", type=int, default=10**9, help="of each of the three parts")
     parser.add_argument("--max_recordings", type=int, help="read about so many recordings only")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    if args.seconds <= args.text_seconds + args.decoder_seconds + SAVING_IN_S:
+    if args.text_only and args.freeze_text_encoder:
+        parser.error("--text_only and --freeze_text_encoder exclude each other")
+    if min(args.text_seconds, args.decoder_seconds) < 0 or args.text_loss_weight < 0:
+        parser.error("--text_seconds, --decoder_seconds and --text_loss_weight have to be at least 0")
+    if not args.text_only and args.seconds <= args.text_seconds + args.decoder_seconds + SAVING_IN_S:
         parser.error(
             f"--seconds has to be more than {args.text_seconds + args.decoder_seconds + SAVING_IN_S:g}: those of the "
             "text encoder and the decoder, and 14 for saving"
         )
     if args.batch_size < 1 or args.max_steps < 1 or args.num_workers < 0:
         parser.error("--batch_size and --max_steps have to be at least 1, and --num_workers not negative")
-    for name in ("packed", "text_encoder", "vae"):
-        if not getattr(args, name).is_dir():
+    for name in ("packed", "text_encoder", "vae", "unet"):
+        if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"`{name}` has to be a folder, not {getattr(args, name)}")
     return args
 
@@ -112,11 +143,12 @@ class SceneBatches(torch.utils.data.Dataset):
     Args:
         lengths (`dict[int, tuple[int, float]]`): for each number of samples of a clip, how many clips a batch has, and
             the share of the batches.
+        names (`tuple[list[str], list[str]]`): all categories, and all captions of recordings.
     """
 
-    def __init__(self, recordings, categories, tokenizer, lengths, seed):
+    def __init__(self, recordings, names, tokenizer, lengths, seed):
         self.recordings, self.tokenizer, self.lengths, self.seed = recordings, tokenizer, lengths, seed
-        self.categories = {category: i for i, category in enumerate(categories)}
+        self.names = [{name: 1 + i for i, name in enumerate(each)} for each in names]
 
     def __len__(self):
         return 10**7
@@ -152,18 +184,27 @@ class SceneBatches(torch.utils.data.Dataset):
             "peaks": rng.uniform(0.5, 0.9, len(scenes)).astype(np.float32),
             "ids": ids,
             "mask": mask,
-            "halves": np.stack([self.heard_in_halves(scene) for scene in scenes]),
+            "heard": np.stack([self.heard_at_places(scene) for scene in scenes]),
         }
 
-    def heard_in_halves(self, scene):
-        """Which categories are heard in the first half of a scene, and which in the second: `(2, num_categories)`."""
-        heard = np.zeros((2, len(self.categories)), np.float32)
-        ids = [self.categories[category] for category in scene.categories]
-        in_turn = {"sequence": [0, 1], "sequence over background": [0, 1], "sequence of three": [0, 2]}
-        ends = in_turn.get(scene.relation, [])
-        for half, end in enumerate(ends):
-            heard[half, ids[end]] = 1
-        heard[:, [id for place, id in enumerate(ids) if place not in ends]] = 1
+    def heard_at_places(self, scene):
+        """Which sounds are heard first, between, last and throughout.
+
+        Returns:
+            `np.ndarray` of int64 and shape `(4, 2, 2)`: by place (see `PLACES`) the first and the last sound, which
+            are the same where there is one; of each category and caption, from 1, or 0 where nothing is heard.
+        """
+        captions = {}
+        for event in scene.events:
+            row = self.recordings.rows[event.recording]
+            captions.setdefault(row["category"], row["caption"])
+        categories, in_caption = self.names
+        places = PLACES_OF.get(scene.relation, (3,) * len(scene.categories))
+        heard = np.zeros((len(PLACES), 2, 2), np.int64)
+        for place in set(places):
+            here = [category for category, each in zip(scene.categories, places, strict=True) if each == place]
+            for i, category in enumerate((here[0], here[-1])):
+                heard[place, i] = categories[category], in_caption[captions[category]]
         return heard
 
 
@@ -282,35 +323,62 @@ def v_loss(scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0):
 
 
 class Heads(torch.nn.Module):
-    """Logits of what is heard in each half, `(batch, 2, num_categories)`, from the states of the text encoder, by an
-    attention over the tokens and a linear layer for each half."""
+    """Logits of what is heard at each place of a scene, from the states of the text encoder, by linear layers.
 
-    def __init__(self, width, num_categories):
+    Twice: from the mean of the states, which can only tell the order if the states do, and from averages whose weights
+    depend on the states, one for each place. Those are learnt sooner, since it is enough that the states of a sound
+    tell its place; with them the states come to tell it, which the others then use.
+
+    Returns:
+        `list` of two pairs of logits, for categories and for captions, `(batch, 4, 1 + number)`. The first class is
+        nothing.
+    """
+
+    def __init__(self, width, numbers):
         super().__init__()
-        self.query = torch.nn.Linear(width, 2)
-        self.out = torch.nn.ModuleList(torch.nn.Linear(width, num_categories) for _ in range(2))
+        self.sizes = [1 + number for number in numbers]
+        self.query = torch.nn.Linear(width, len(PLACES))
+        self.of_mean = torch.nn.Linear(width, len(PLACES) * sum(self.sizes))
+        self.of_average = torch.nn.Linear(width, sum(self.sizes))
 
     def forward(self, states, mask):
-        weights = self.query(states).masked_fill(mask[..., None] == 0, -1e4).softmax(1)  # (batch, num_tokens, 2)
-        pooled = torch.einsum("btk,btd->bkd", weights, states)  # (batch, 2, width)
-        return torch.stack([layer(pooled[:, half]) for half, layer in enumerate(self.out)], 1)
+        mask = mask[..., None].to(states.dtype)
+        mean = (states * mask).sum(1) / mask.sum(1)  # (batch, width)
+        weights = self.query(states).masked_fill(mask == 0, -1e4).softmax(1)  # (batch, num_tokens, 4)
+        averages = weights.transpose(1, 2) @ states  # (batch, 4, width)
+        logits = (self.of_mean(mean).unflatten(1, (len(PLACES), -1)), self.of_average(averages))
+        return [each.float().split(self.sizes, 2) for each in logits]
 
 
 class Models:
-    """UNet, text encoder and heads, with the empty prompt that text is dropped for."""
+    """UNet, text encoder and heads, with the empty prompt that text is dropped for. A frozen text encoder has no loss
+    of its own."""
 
     def __init__(self, unet, text_encoder, heads, scheduler, empty):
         self.unet, self.text_encoder, self.heads, self.scheduler = unet, text_encoder, heads, scheduler
         self.empty_ids, self.empty_mask = empty
+        self.frozen = False
+
+    def freeze_text_encoder(self):
+        self.frozen = True
+        self.text_encoder.eval().requires_grad_(False)
 
     def parameters(self):
-        return [p for model in (self.unet, self.text_encoder, self.heads) for p in model.parameters()]
+        trained = (self.unet,) if self.frozen else (self.unet, self.text_encoder, self.heads)
+        return [p for model in trained for p in model.parameters()]
 
-    def text_losses(self, ids, mask, halves):
-        """Text states, and the loss of each caption for what is heard in each half."""
+    def text_losses(self, ids, mask, heard):
+        """Text states, and the loss of each caption for what is heard at each place, in nats; zero if frozen."""
         states = self.text_encoder(ids, attention_mask=mask)[0]
-        logits = self.heads(states, mask).float()
-        return states, F.binary_cross_entropy_with_logits(logits, halves, reduction="none").mean((1, 2))
+        if self.frozen:
+            return states, torch.zeros(len(ids), device=states.device)
+        losses = [
+            F.cross_entropy(logits.transpose(1, 2), heard[..., sound, kind], reduction="none").sum(1) / 2
+            for both in self.heads(states, mask)
+            for kind, logits in enumerate(both)
+            for sound in range(2)
+        ]
+        return states, sum(losses)  # sums, not means over the many classes: nearly all of them are absent
 
     def losses(self, sounds, batch, generator=None, drop=0.1, num_clips=None):
         """Diffusion loss and loss of the text, averages over the first `num_clips` of a batch.
@@ -320,8 +388,8 @@ class Models:
             drop (`float`): share of the captions that are replaced by the empty prompt.
         """
         latents = sounds.latents(batch)[:num_clips]
-        ids, mask, halves = (
-            torch.from_numpy(batch[name][:num_clips]).to(latents.device) for name in ("ids", "mask", "halves")
+        ids, mask, heard = (
+            torch.from_numpy(batch[name][:num_clips]).to(latents.device) for name in ("ids", "mask", "heard")
         )
         empty = torch.rand(len(ids), device=latents.device) < drop
         ids = torch.where(empty[:, None], self.empty_ids, ids)
@@ -335,7 +403,7 @@ class Models:
             timesteps = (torch.arange(len(latents), device=latents.device) * 125 + 62) % num_timesteps
         dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(dtype)
-        states, text = self.text_losses(ids, mask, halves)
+        states, text = self.text_losses(ids, mask, heard)
         model_pred = self.unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
         kept = ~empty
         text = (text * kept).sum() / kept.sum().clamp(min=1)
@@ -345,40 +413,95 @@ class Models:
     def order_accuracy(self, scenes, batch, categories):
         """Share of "A then B" for which the heads put A before B; 0.5 by chance."""
         device = self.empty_ids.device
-        self.text_encoder.eval()
         ids, mask = (torch.from_numpy(batch[name]).to(device) for name in ("ids", "mask"))
-        logits = self.heads(self.text_encoder(ids, attention_mask=mask)[0], mask).float().cpu()
-        self.text_encoder.train()
-        pairs = [[categories.index(category) for category in scene.categories] for scene in scenes]
-        right = [row[0, a] + row[1, b] > row[1, a] + row[0, b] for row, (a, b) in zip(logits, pairs, strict=True)]
+        logits = self.heads(self.text_encoder(ids, attention_mask=mask)[0], mask)[0][0].log_softmax(2).cpu()
+        pairs = [[1 + categories.index(category) for category in scene.categories] for scene in scenes]
+        right = [row[0, a] + row[2, b] > row[2, a] + row[0, b] for row, (a, b) in zip(logits, pairs, strict=True)]
         return round(float(np.mean(right)), 3)
 
 
 # The three parts
 
 
+def by_length(batch, generator):
+    """A batch of captions in four parts of captions of similar length, cut to the longest, in random order."""
+    lengths = batch["mask"].sum(1)
+    parts = np.array_split(np.argsort(lengths, kind="stable"), 4)
+    for i in torch.randperm(len(parts), generator=generator).tolist():
+        if len(parts[i]):
+            length = lengths[parts[i]].max()
+            cut = {name: batch[name][parts[i], :length] for name in ("ids", "mask")}
+            yield cut | {"heard": batch["heard"][parts[i]]}
+
+
+@torch.no_grad()
+def look_to_both_sides(text_encoder, strength=3.0):
+    """Let the first half of the attention heads look at earlier tokens and the others at later ones, where they do not
+    tell sides yet.
+
+    What is before a token and what is after it are the same to a new T5 encoder, whose bias by relative position is
+    near zero, and training leaves them so for long: it has to learn what to look for and where at the same time.
+    """
+    (bias,) = (p for name, p in text_encoder.named_parameters() if "relative_attention_bias" in name)
+    later, heads = len(bias) // 2, bias.shape[1] // 2  # (num_buckets, num_heads); tokens after have the second half
+    if (bias[1:later].mean(0) - bias[later + 1 :].mean(0)).abs().max() < strength / 2:
+        bias[later:, :heads] -= strength
+        bias[1:later, heads:] -= strength
+
+
 def train_text(models, batches, validation, categories, args, log):
-    """Train the text encoder alone on what is heard in each half."""
+    """Train the text encoder alone on what is heard first, between, last and throughout. Saves it.
+
+    There is no dropout: captions are drawn anew without end, and the few steps there are teach more without it.
+    """
     device = models.empty_ids.device
+    models.text_encoder.eval()
+    if args.text_seconds:
+        look_to_both_sides(models.text_encoder)
     parameters = [*models.text_encoder.parameters(), *models.heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    begin = time.monotonic()
-    for number in range(args.max_steps):
-        if time.monotonic() - begin > args.text_seconds:
-            break
-        batch = next(batches)
-        ids, mask, halves = (torch.from_numpy(batch[name]).to(device) for name in ("ids", "mask", "halves"))
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (number + 1) / 50)
+    # the bias by relative position begins near zero, and has to become a few units before the attention tells sides
+    biases = [p for name, p in models.text_encoder.named_parameters() if "relative_attention_bias" in name]
+    others = [p for p in models.text_encoder.parameters() if all(p is not bias for bias in biases)]
+    groups = [
+        {"params": others, "lr_factor": 1},
+        {"params": biases, "lr_factor": 10, "weight_decay": 0.0},
+        {"params": models.heads.parameters(), "lr_factor": 5},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.text_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(25)
+
+    def report():
+        figures = {}
+        if "sequence" in validation:
+            figures["order_accuracy"] = models.order_accuracy(*validation["sequence"], categories)
+        log(text_steps=number, text_loss=round(float(torch.stack(recent).mean()), 5), **figures)
+        save(models.text_encoder, args.output_dir / "text_encoder")
+
+    number, recent, parts = 0, [], iter(())
+    begin = logged = time.monotonic()
+    while number < args.max_steps and time.monotonic() - begin < args.text_seconds:
+        part = next(parts, None)
+        if part is None:
+            parts = by_length(next(batches), generator)
+            continue
+        ids, mask, heard = (torch.from_numpy(part[name]).to(device) for name in ("ids", "mask", "heard"))
+        progress = min((time.monotonic() - begin) / args.text_seconds, 1)
+        decayed = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = args.text_learning_rate * decayed * min(1, (number + 1) / 50) * group["lr_factor"]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = models.text_losses(ids, mask, halves)[1].mean()
+            loss = models.text_losses(ids, mask, heard)[1].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    figures = {}
-    if "sequence" in validation:
-        figures["order_accuracy"] = models.order_accuracy(*validation["sequence"], categories)
-    log(text_steps=number + 1, text_loss=round(float(loss.detach()), 5), **figures)
+        number += 1
+        recent = [*recent[-199:], loss.detach()]
+        if time.monotonic() - logged > args.save_every:
+            report()
+            logged = time.monotonic()
+    if number:
+        report()
 
 
 def faster_layout(models, sounds, batch):
@@ -406,18 +529,24 @@ class Average:
         self.parameters, self.decay = models.parameters(), decay
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.averages = [p.clone() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": self.weights[0].is_cuda}
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, **options)
 
     @torch.no_grad()
     def use(self, weights):
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            parameter.copy_(weight)
+        torch._foreach_copy_(self.parameters, weights)
 
     @torch.no_grad()
     def update(self, step, learning_rate):
         """One step of the optimizer by the models' gradients. Returns the norm of the gradient."""
         for parameter, weight in zip(self.parameters, self.weights, strict=True):
-            weight.grad = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is None:
+                weight.grad.zero_()
+        used = [(w.grad, p.grad) for w, p in zip(self.weights, self.parameters, strict=True) if p.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*used, strict=True)))
+        for parameter in self.parameters:
             parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -429,14 +558,18 @@ class Average:
 
 
 def train_denoiser(models, sounds, batches, validation, categories, args, log):
-    """Train UNet and text encoder together, until what the decoder needs of the time is left. Saves the averages."""
+    """Train UNet, and text encoder unless it is frozen, until what the decoder needs of the time is left. Saves the
+    averages."""
     device = models.empty_ids.device
     for model in (models.unet, models.text_encoder, models.heads):
         model.to(getattr(torch, args.dtype))
-    if device.type == "cuda":
+    models.text_encoder.train(not models.frozen)
+    if args.memory_format:
+        models.unet.to(memory_format=getattr(torch, args.memory_format))
+    elif device.type == "cuda":
         layout, seconds = faster_layout(models, sounds, next(batches))
         models.unet.to(memory_format=layout)
-        log(layout=str(layout), seconds_per_step=seconds)
+        log(memory_format=str(layout), seconds_per_step=seconds)
     average = Average(models, args.learning_rate, args.ema_decay)
 
     @torch.no_grad()
@@ -448,13 +581,14 @@ def train_denoiser(models, sounds, batches, validation, categories, args, log):
             generator = torch.Generator(device).manual_seed(3)
             loss = models.losses(sounds, batch, generator, drop=0)[0]
             figures[f"validation_{kind}"] = round(float(loss), 5)
-        if "sequence" in validation:
+        if "sequence" in validation and not models.frozen:
             figures["order_accuracy"] = models.order_accuracy(*validation["sequence"], categories)
         log(**figures)
         save(models.unet, args.output_dir / "unet")
-        save(models.text_encoder, args.output_dir / "text_encoder")
+        if not models.frozen:
+            save(models.text_encoder, args.output_dir / "text_encoder")
         average.use(average.weights)
-        models.text_encoder.train()
+        models.text_encoder.train(not models.frozen)
 
     end = args.seconds - args.decoder_seconds - SAVING_IN_S / 2
     begin = logged = saved = log.seconds()
@@ -466,7 +600,7 @@ def train_denoiser(models, sounds, batches, validation, categories, args, log):
         learning_rate = args.learning_rate * decayed * min(1, (log.step + 1) / args.lr_warmup_steps)
         try:
             loss, text_loss = models.losses(sounds, batch, num_clips=max(len(batch["ids"]) // parts, 1))
-            (loss + 0.5 * text_loss).backward()
+            (loss + args.text_loss_weight * text_loss).backward()
         except torch.cuda.OutOfMemoryError:
             for p in models.parameters():
                 p.grad = None
@@ -483,7 +617,8 @@ def train_denoiser(models, sounds, batches, validation, categories, args, log):
             if not all(map(math.isfinite, means)):
                 raise ValueError(f"the loss is {means[0]} at step {log.step}; the last saved weights are from before.")
             rates = {"lr": float(f"{learning_rate:.3g}"), "grad_norm": round(float(norm), 3), "num_clips": num_clips}
-            log(loss=round(means[0], 5), text_loss=round(means[1], 5), **rates)
+            texts = {} if models.frozen else {"text_loss": round(means[1], 5)}
+            log(loss=round(means[0], 5), **texts, **rates)
             recent, logged = [], log.seconds()
         if log.seconds() - saved > args.save_every:
             validate_and_save()
@@ -556,15 +691,20 @@ def main(argv=None):
 
     try:
         samples, index = read_packed(args.packed, args.max_recordings)
-        tokenizer = T5Tokenizer.from_pretrained(args.text_encoder)
-        text_encoder = T5EncoderModel.from_pretrained(args.text_encoder, dtype=torch.float32)
-        unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
+        folders = [args.text_encoder / name for name in ("tokenizer", "text_encoder")]
+        folders = [folder if folder.is_dir() else args.text_encoder for folder in folders]
+        tokenizer = T5Tokenizer.from_pretrained(folders[0])
+        text_encoder = T5EncoderModel.from_pretrained(folders[1], dtype=torch.float32)
+        if args.unet:
+            unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32)
+        else:
+            unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
         vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         encoder = linear_encoder(vae)
         if unet.config.cross_attention_dim != text_encoder.config.d_model:
             raise ValueError(
-                f"`unet_config` has to have the `cross_attention_dim` {text_encoder.config.d_model} of the text "
-                f"encoder, not {unet.config.cross_attention_dim}."
+                f"`{'unet' if args.unet else 'unet_config'}` has to have the `cross_attention_dim` "
+                f"{text_encoder.config.d_model} of the text encoder, not {unet.config.cross_attention_dim}."
             )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -572,33 +712,39 @@ def main(argv=None):
 
     # workers are forked before CUDA is initialised
     categories = sorted({row["category"] for row in index})
+    names = (categories, sorted({row["caption"] for row in index}))
     recordings = recordings_of(samples, index, "train")
     counts = {length: max(args.batch_size * 81920 // length, 1) for length in LENGTH_SHARES}
     lengths = {length: (counts[length], share) for length, share in LENGTH_SHARES.items()}
-    captions = dict.fromkeys((81920, 163840), (4 * args.batch_size, 0.5))
-    scenes = SceneBatches(recordings, categories, tokenizer, lengths, 24)
-    text_batches = load_batches(SceneBatches(recordings, categories, tokenizer, captions, 25), args.num_workers // 2)
+    captions = {163840: (4 * args.batch_size, 1.0)}  # of the longest scenes, of which half are in sequence
+    scenes = SceneBatches(recordings, names, tokenizer, lengths, 24)
+    text_batches = load_batches(SceneBatches(recordings, names, tokenizer, captions, 25), args.num_workers // 2)
     batches = load_batches(scenes, args.num_workers)
     held_out = recordings_of(samples, index, "heldout")
     validation = {}
     if held_out is not None:
-        heldout_batches = SceneBatches(held_out, categories, tokenizer, lengths, 26)
+        heldout_batches = SceneBatches(held_out, names, tokenizer, lengths, 26)
         validation = validation_scenes(heldout_batches, args.num_validation_scenes)
 
     sounds = Sounds(samples, encoder, vae.config.scaling_factor, device)
     vae.to(device)
-    heads = Heads(text_encoder.config.d_model, len(categories))
+    heads = Heads(text_encoder.config.d_model, list(map(len, names)))
     empty = [torch.from_numpy(each).to(device) for each in scenes.tokens([""])]
     scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
-    models = Models(unet.to(device), text_encoder.to(device).train(), heads.to(device), scheduler, empty)
+    models = Models(unet.to(device), text_encoder.to(device).eval(), heads.to(device), scheduler, empty)
     sizes = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in ("unet", "text_encoder")}
     log(num_parameters=sizes, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
 
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
+    save(models.text_encoder, args.output_dir / "text_encoder")
     train_text(models, text_batches, validation, categories, args, log)
     del text_batches
-    train_denoiser(models, sounds, batches, validation, categories, args, log)
-    train_decoder(vae, sounds, batches, validation, args, log)
+    if not args.text_only:
+        if args.freeze_text_encoder:
+            models.freeze_text_encoder()
+        train_denoiser(models, sounds, batches, validation, categories, args, log)
+        if args.decoder_seconds:
+            train_decoder(vae, sounds, batches, validation, args, log)
     log.file.close()
 
 

@@ -6,7 +6,6 @@ therefore bitwise reproducible; another batch size changes sounds by float32 rou
 """
 
 import hashlib
-import inspect
 import json
 import time
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from pipeline_tango.json_files import read_json
 from pipeline_tango.presets import most_steps
 from pipeline_tango.sound_files import encode_wav, write_atomically
 from pipeline_tango.sound_folder import locked
+from pipeline_tango.student import STUDENT_KEY, call_defaults
 
 from ..batches import keyed_generator
 from ..latents import fingerprint
@@ -59,9 +59,7 @@ def load_configs(model):
 def own_values(model):
     """Number of steps and guidance scale that a model's pipeline takes where nothing is said."""
     index, _ = load_configs(model)
-    parameters = inspect.signature(TangoPipeline).parameters
-    names = ("default_num_inference_steps", "default_guidance_scale")
-    return tuple(index.get(name, parameters[name].default) for name in names)  # a repo may be older than the names
+    return call_defaults(index, index.get(STUDENT_KEY))
 
 
 def plan_sweep(models, schedulers, num_inference_steps, guidance_scales, folder):
