@@ -13,6 +13,7 @@ from pathlib import Path
 from . import TANGO_TINY
 from .__main__ import (
     CommandError,
+    check_student_sounds,
     choose_device,
     is_whole,
     load_pipeline,
@@ -243,7 +244,8 @@ class DemoModel:
             if self.loaded is None or self.loaded[0] != model:
                 report(None, f"loading {short_name(model)}")
             defaults = read_model_defaults(args, dtypes)
-            for name, value in fast_settings(args.source).items() if args.fast else ():
+            student = defaults["student"]
+            for name, value in fast_settings(args.source).items() if args.fast and student is None else ():
                 if getattr(args, name) is None:
                     setattr(args, name, value)
             self.load(args, device, dtypes)
@@ -254,9 +256,14 @@ class DemoModel:
             raise DemoError(self.without_paths(f"{error}")) from error
         defaults["scheduler"] = type(self.pipe.scheduler).__name__
         defaults["most_steps"] = most_steps(args.source, defaults["scheduler"])
+        if student is not None and math.isfinite(defaults["most_steps"]):
+            options = student["scheduler_options"]
+            defaults["most_steps"] = options.get("original_inference_steps", defaults["most_steps"])
         seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
         try:
             sounds = plan_sounds(args, seed, defaults)
+            if student is not None:
+                check_student_sounds(args, sounds, student)
         except CommandError as error:
             raise DemoError(str(error)) from error
         if sounds[0]["seconds"] > self.max_seconds:
@@ -280,13 +287,15 @@ class DemoModel:
             raise DemoError(f"quality must be fast or full, got {request.quality!r:.100}")
         if not 0 <= request.lora_scale <= 4:
             raise DemoError(f"the scale of the LoRA must be a number from 0 to 4, got {request.lora_scale}")
+        if request.lora and request.lora_scale != 1 and request.quality == "fast":
+            raise DemoError("the quality fast merges the LoRA as it is: for another scale than 1 choose full")
 
     def load(self, args, device, dtypes):
         """Make `pipe` the pipeline of the arguments, with their scheduler. At most one is in memory."""
         from . import SCHEDULERS
 
         scheduler, args.scheduler = args.scheduler, None  # the scheduler alone is exchanged without loading again
-        wanted = (args.model, args.source, args.lora, args.fast, args.deep_cache, args.dtype)
+        wanted = (args.model, args.source, args.lora, args.student, args.fast, args.deep_cache, args.dtype)
         if self.loaded != wanted:
             self.pipe = self.loaded = None
             self.pipe = load_pipeline(args, device, dtypes)
@@ -345,14 +354,18 @@ class DemoModel:
         dtype = ", ".join(f'"{name}": {value}' for name, value in others.items())
         blocked = args.fast and attends_in_blocks({"default": default, **dtypes}, device)
         names = ["SCHEDULERS"] * bool(args.scheduler) + ["TANGO_TINY"] * (args.model == TANGO_TINY)
+        names += ["TANGO_TINY_STUDENT"] * bool(args.student)
         names += ["BlockedAttnProcessor"] * blocked + ["TangoPipeline"]
         model = "TANGO_TINY" if args.model == TANGO_TINY else quoted(short_name(args.model))
         lines = ["import torch", f"from pipeline_tango import {', '.join(sorted(names))}"]
         lines += ["from pipeline_tango.sound_files import read_audio"] * bool(request.audio)
         lines += ["from scipy.io import wavfile", ""]
         lines += [f"pipe = TangoPipeline.from_pretrained({model}, dtype={{{dtype}}})", f'pipe.to("{device}")']
+        if args.student:
+            lines.append("pipe.merge_lora_weights(TANGO_TINY_STUDENT)")
         if args.lora:
             lines.append(f"pipe.load_lora_weights({quoted(short_name(args.lora))})")
+            lines += ["pipe.fuse_lora()", "pipe.unload_lora_weights()"] * args.fast
         if args.scheduler:
             lines.append(f'pipe.scheduler = SCHEDULERS["{args.scheduler}"].from_config(pipe.scheduler.config)')
         if args.deep_cache is not None:

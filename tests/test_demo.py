@@ -500,7 +500,8 @@ def test_a_phone_shows_every_tab_and_both_themes_are_readable(served, person):
                 time.sleep(0.3)  # the tab's layout
                 wide = person.run(
                     "[...document.querySelectorAll('button, input, textarea, canvas, label')].filter((each) => "
-                    "each.offsetParent && !each.closest('table, .table-wrap') && each.getBoundingClientRect().right > 401).map((each) => each.outerHTML.slice(0, 80))"
+                    "each.offsetParent && !each.closest('table, .table-wrap') && "
+                    "each.getBoundingClientRect().right > 401).map((each) => each.outerHTML.slice(0, 80))"
                 )
                 assert wide == [] and person.run("document.documentElement.scrollWidth") <= 400, tab
             person.choose_tab("Text to audio")

@@ -267,8 +267,6 @@ def test_uploads_are_decoded_only_as_far_as_they_are_accepted(upload, tmp_path):
     long = encode_wav(noise(8001), 8000)
     # a header that was never completed says nothing of the length
     unfinished = long[:4] + bytes(4) + long[8:40] + bytes(4) + long[44:]
-        long[:4] + bytes(4) + long[8:40] + bytes(4) + long[44:]
-    )  # a header that was never completed says nothing of the length
     path = tmp_path / "wide.wav"
     wavfile.write(path, 8000, np.zeros((100, 9), np.int16))
     for content, message in [
