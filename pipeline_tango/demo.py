@@ -128,25 +128,34 @@ def main(argv=None):
     except CommandError as error:
         say(f"error: {error}")
         return 2
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    before = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere handlers cannot be set
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return serve(args)
+    except KeyboardInterrupt:  # Ctrl-C and SIGTERM
+        say("stopped")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def serve(args):
+    """Serve the page until interrupted. Returns the exit status if that fails."""
     with tempfile.TemporaryDirectory(prefix="tango-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is imported: uploads and results, removed at the end
-        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
             blocks, url = launch(args)
         except Exception as error:
             say(f"error: {' '.join(str(error).split())[:500] or type(error).__name__}")
             return 1
-        say(f"{url} (end with Ctrl-C)")
         try:
+            say(f"{url} (end with Ctrl-C)")
             threading.Event().wait()
-        except KeyboardInterrupt:
-            say("stopped")
         finally:
             with suppress(Exception):
                 blocks.close(verbose=False)
-    return 0
 
 
 if __name__ == "__main__":

@@ -290,7 +290,8 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
     assert line.startswith(f"error: {message}")
 
 
-def test_a_port_in_use_is_one_line(capsys):
+def test_a_port_in_use_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the command sets
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert main([f"--port={server.getsockname()[1]}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
