@@ -769,6 +769,13 @@ def lock_folder(stack, state, folder):
         raise error
 
 
+def overall_bar(num_sounds, is_hidden):
+    """The progress bar of a list of prompts: sounds done, of how many, and the time left."""
+    from tqdm import tqdm
+
+    return tqdm(total=num_sounds, desc="sounds", unit="sound", leave=False, disable=is_hidden or num_sounds < 2)
+
+
 @contextmanager
 def garbage_kept():
     """Context in which garbage is not collected until the function that it gives is called: what is loaded until then
@@ -874,9 +881,11 @@ def make_sounds(args, loaded=lambda: None):
         pipe = load_pipeline(args, device, dtypes) if todo else None
         loaded()
         compute_in_s = sound_in_s = 0.0
+        has_no_bars = args.quiet or not state.is_local_main_process
+        overall = stack.enter_context(overall_bar(len(todo), has_no_bars or args.prompts is None))
         for batch in split_into_batches(todo, args.batch_size):
             pipe.set_progress_bar_config(
-                desc=batch[0]["file"], unit="step", leave=False, disable=args.quiet or not state.is_local_main_process
+                desc=batch[0]["file"], unit="step", leave=False, position=1 - overall.disable, disable=has_no_bars
             )
             start = time.perf_counter()
             audios = pipe(
@@ -901,8 +910,11 @@ def make_sounds(args, loaded=lambda: None):
                         write_atomically(path, content)
                 else:
                     add_sound(manifest, sound, contents, may_replace=args.overwrite or sound["file"] in records)
+                overall.update()
                 if not args.quiet:
-                    say(f"{wav}  {len(audio) / sampling_rate:g} s  seed {sound['seed']}")
+                    with overall.external_write_mode(sys.stderr):  # also draws the bar anew
+                        say(f"{wav}  {len(audio) / sampling_rate:g} s  seed {sound['seed']}")
+        overall.close()
         if todo and not args.quiet:
             say(
                 f"{sound_in_s:g} s of sound in {compute_in_s:.1f} s without loading: "

@@ -20,8 +20,9 @@ def find_browser():
 class Browser:
     """For a `with` statement. Downloads go into the folder `downloads`; `profile` keeps what pages store."""
 
-    def __init__(self, downloads, profile, width=1000, height=900):
+    def __init__(self, downloads, profile, width=1000, height=900, page_load="normal"):
         self.downloads, self.profile, self.size = downloads, profile, (width, height)
+        self.page_load = page_load
 
     def __enter__(self):
         browser, driver = find_browser()
@@ -45,7 +46,11 @@ class Browser:
         while True:
             try:
                 capabilities = {
-                    "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+                    "alwaysMatch": {
+                        "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL"},
+                        "pageLoadStrategy": self.page_load,
+                    }
                 }
                 self.session = self.call("POST", "/session", {"capabilities": capabilities})["sessionId"]
                 return self
@@ -73,7 +78,9 @@ class Browser:
             return json.load(response)["value"]
 
     def open(self, path):
-        self.call("POST", f"/session/{self.session}/url", {"url": path.resolve().as_uri()})
+        """Open a file, or an address given as `str`."""
+        url = path if isinstance(path, str) else path.resolve().as_uri()
+        self.call("POST", f"/session/{self.session}/url", {"url": url})
 
     def run(self, script):
         """The value of a JavaScript expression."""
@@ -86,10 +93,43 @@ class Browser:
             assert time.monotonic() < deadline, f"never became true: {script}"
             time.sleep(0.05)
 
-    def click(self, selector):
+    def find(self, selector):
+        """The path of an element under the session's."""
         body = {"using": "css selector", "value": selector}
         [element] = self.call("POST", f"/session/{self.session}/element", body).values()
-        self.call("POST", f"/session/{self.session}/element/{element}/click", {})
+        return f"/session/{self.session}/element/{element}"
+
+    def click(self, selector):
+        self.call("POST", f"{self.find(selector)}/click", {})
+
+    def type(self, selector, text):
+        """Type into a field, or give the path of a file to one for files."""
+        self.call("POST", f"{self.find(selector)}/value", {"text": text})
+
+    def drag(self, selector, start, end):
+        """Press the mouse on an element, move it and let it go, at fractions of its width."""
+        [x, y, width, height] = self.run(
+            f"(() => {{const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}}); "
+            "const box = e.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]})()"
+        )
+        moves = [
+            {"type": "pointerMove", "x": round(x + part * width), "y": round(y + height / 2), "duration": 50}
+            for part in (start, (start + end) / 2, end)
+        ]
+        actions = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+        body = {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]}
+        self.call("POST", f"/session/{self.session}/actions", body)
+
+    def devtools(self, command, **parameters):
+        """A command of the DevTools protocol."""
+        body = {"cmd": command, "params": parameters}
+        return self.call("POST", f"/session/{self.session}/goog/cdp/execute", body)
+
+    def resize(self, width, height):
+        """The size of the page, also one narrower than a window can be."""
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
 
     def press(self, *keys):
         """Keys as a keyboard sends them; special ones by their WebDriver code."""

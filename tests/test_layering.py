@@ -45,7 +45,7 @@ INFERENCE |= {
     "converted": {"json_files", "original", "original_hub"},
 }
 RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
-BEHIND_EXTRAS = {"matplotlib", "torch_xla", "soundfile"}
+BEHIND_EXTRAS = {"gradio", "matplotlib", "torch_xla", "soundfile"}
 
 
 def imports(path):
@@ -147,7 +147,7 @@ def test_runtime_requirements_have_no_upper_pins_and_match_the_imports():
 def test_importing_prints_nothing_and_needs_no_optional_library():
     script = (
         "import sys\n"
-        "for name in ('matplotlib', 'peft', 'soundfile', 'datasets', 'librosa'): sys.modules[name] = None\n"
+        "for name in ('gradio', 'matplotlib', 'peft', 'soundfile', 'datasets', 'librosa'): sys.modules[name] = None\n"
         "import pipeline_tango\n"
         "pipeline_tango.TangoPipeline, pipeline_tango.log_mel_spectrogram, pipeline_tango.SCHEDULERS\n"
     )

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,18 @@ def test_wav_holds_what_the_pipeline_makes(tango, pipe, tmp_path):
     assert np.abs(samples - audio * 32768).max() <= 1
     assert np.abs(samples).max() > 100
     assert os.listdir(tmp_path / "new" / "folder") == ["rain.wav"]
+
+
+def test_a_list_has_a_bar_of_all_sounds_beside_that_of_each(tango, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("rain\nwind\ncow\n")
+    assert tango("--prompts", "list.txt", "-o", "out") == 0
+    err = capsys.readouterr().err
+    shown = re.findall(r"sounds: +\d+%\|[^|]*\| (\d)/3 \[\d\d:\d\d<([\d:?]+)", err)  # done, and the time left
+    assert list(dict.fromkeys(done for done, _ in shown)) == ["0", "1", "2", "3"] and ("3", "00:00") in shown
+    assert "00002.wav:" in err and err.index("2/3") < err.index("00003.wav")
+    assert tango("--prompts", "list.txt", "-o", "other", "--quiet") == 0
+    assert tango("rain", "-o", "one.wav") == 0
+    assert "sounds: " not in capsys.readouterr().err
 
 
 def test_takes_are_reproducible_however_many_are_asked_for(tango, tmp_path, capsys):

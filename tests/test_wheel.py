@@ -24,6 +24,7 @@ COMMANDS = {
     "tango-cache": "pipeline_tango.converted",
     "tango-convert": "pipeline_tango.convert.convert_tango",
     "tango-copy-synthesis": "pipeline_tango.training.copy_synthesis",
+    "tango-demo": "pipeline_tango.demo",
     "tango-distill": "pipeline_tango.training.distill",
     "tango-dpo": "pipeline_tango.training.train_dpo",
     "tango-evaluate": "pipeline_tango.training.evaluate",
@@ -35,7 +36,8 @@ COMMANDS = {
     "tango-train-tokenizer": "pipeline_tango.training.train_tokenizer",
     "tango-train-vocoder": "pipeline_tango.training.train_vocoder",
 }
-BEHIND_EXTRAS = ["datasets", "google.protobuf", "matplotlib", "peft", "sentencepiece", "soundfile", "tensorboard"]
+BEHIND_EXTRAS = ["datasets", "google.protobuf", "gradio", "matplotlib", "peft", "sentencepiece", "soundfile"]
+BEHIND_EXTRAS += ["tensorboard"]
 
 
 def run(command, cwd, **environment):
@@ -202,6 +204,7 @@ def test_missing_extras_are_named_in_one_line(bin, tmp_path, manifest, without_e
     commands = [
         ["tango", "rain", "--spectrogram"],
         ["tango-copy-synthesis", manifest, out],
+        ["tango-demo"],
         ["tango-distill", "--pretrained_model_name_or_path", model, *data, "--objective", "consistency"],
         ["tango-evaluate", "--generated", manifest.parent, "--prompts", manifest, "--output_dir", out],
         ["tango-listening-test", "build", "--system", f"a={manifest}", "--output", tmp_path / "test.html"],
