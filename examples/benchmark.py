@@ -39,7 +39,6 @@ Random weights are enough for speed and memory. The effect of a variant on the s
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -56,7 +55,6 @@ from statistics import median
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from diffusers import PipelineQuantizationConfig
@@ -67,7 +65,8 @@ from tqdm import tqdm
 from examples.random_pipeline import SIZES, random_pipeline
 from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
 from pipeline_tango.__main__ import CommandError, read_prompts
-from pipeline_tango.presets import FAST, attends_in_blocks, choose_dtypes, fast_settings
+from pipeline_tango.kernels import use_conv2d, use_kernels
+from pipeline_tango.presets import FAST, choose_dtypes, choose_kernels, fast_settings
 from pipeline_tango.sound_files import encode_wav, write_atomically
 from pipeline_tango.student import call_defaults
 
@@ -90,7 +89,7 @@ OPTIONS = {
     "guidance-half": "guidance in the middle half of the steps only",
     "int8": "the UNet's matrices stored in int8; needs torchao",
     "int8-dynamic": "the same, with products computed in int8; needs torchao",
-    "preset": "the settings of `tango --fast`, with its dtypes for this device",
+    "preset": "the settings of `tango --fast`, with its dtypes and kernels for this device",
     "student-N": "N steps of LCM without guidance, as a student takes them, with the dtypes of `preset`. Without a "
     "student of the model it is right for time and memory only",
 }
@@ -134,6 +133,7 @@ def read_variant(name, device, preset=FAST):
         "guidance": None,
         "guidance_interval": None,
         "int8": None,
+        "kernels": (),
         "scheduler": None,
         "steps": None,
     }
@@ -160,7 +160,7 @@ def read_variant(name, device, preset=FAST):
             dtypes = choose_dtypes("auto", device, fast=True)
             if option != "preset":
                 preset = {"scheduler": "lcm", "steps": int(option.removeprefix("student-")), "guidance": 1.0}
-            variant |= preset | {"dtypes": dtypes, "blocked_attention": attends_in_blocks(dtypes, device)}
+            variant |= preset | {"dtypes": dtypes, "kernels": choose_kernels(dtypes, device)[0]}
         elif option != "plain":
             raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
     return variant
@@ -189,27 +189,12 @@ def load(model, variant, device):
         pipe.unet.fuse_qkv_projections()
     if variant["blocked_attention"]:
         pipe.unet.set_attn_processor(BlockedAttnProcessor())
+    use_kernels(pipe, variant["kernels"])
     if variant["scheduler"]:
         pipe.scheduler = SCHEDULERS[variant["scheduler"]].from_config(pipe.scheduler.config)
     if variant["deep_cache"]:
         pipe.enable_deep_cache(interval=variant["deep_cache"])
     return pipe
-
-
-def use_conv2d(module):
-    """Compute the 1-D convolutions in `module` as 2-D ones on channels-last tensors: the same function of the same
-    weights, for which a CPU may have faster kernels."""
-
-    def convolve(layer, hidden_states, weight, bias):
-        image = hidden_states.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (batch, channels, 1, time)
-        padding, dilation = (0, *layer.padding), (1, *layer.dilation)
-        return F.conv2d(image, weight.unsqueeze(2), bias, padding=padding, dilation=dilation).squeeze(2)
-
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Conv1d):
-            if layer.stride != (1,) or layer.groups != 1 or layer.padding_mode != "zeros":
-                raise ValueError(f"`module` has a convolution of another kind: {layer}")
-            layer._conv_forward = functools.partial(convolve, layer)
 
 
 def compile_models(pipe, option):

@@ -47,9 +47,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from examples.benchmark import UNET_BLOCKS, flop_counter, matrix_rate, seconds, signal_to_difference_db, use_conv2d
+from examples.benchmark import UNET_BLOCKS, flop_counter, matrix_rate, seconds, signal_to_difference_db
 from examples.random_pipeline import SIZES, random_pipeline
 from pipeline_tango import SCHEDULERS
+from pipeline_tango.kernels import use_conv2d
 from pipeline_tango.presets import FAST
 from pipeline_tango.sound_files import write_atomically
 
@@ -216,9 +217,7 @@ def variant(pipe, name):
         pipe.vae.to(memory_format=memory_format)
         if "conv2d-vocoder" in options:
             use_conv2d(pipe.vocoder)
-            for module in pipe.vocoder.modules():
-                if "_conv_forward" in vars(module):
-                    stack.callback(delattr, module, "_conv_forward")
+            stack.callback(use_conv2d, pipe.vocoder, enabled=False)
         if "compile" in options:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=NUM_GRAPHS_OF_A_BLOCK))
             for module in pipe.unet.modules():

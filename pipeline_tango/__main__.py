@@ -1,7 +1,9 @@
 """The `tango` command: text-to-audio for one prompt or for a list of prompts, written as WAV files."""
 
 import argparse
+import atexit
 import csv
+import gc
 import io
 import json
 import logging
@@ -14,13 +16,14 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import TANGO_TINY, TANGO_TINY_STUDENT, __version__
-from .presets import FAST, SCHEDULER_NAMES, attends_in_blocks, choose_dtypes, fast_settings, most_steps
+from .deferred_imports import deferred_imports
+from .presets import FAST, KERNELS, SCHEDULER_NAMES, choose_dtypes, choose_kernels, fast_settings, most_steps
 from .sound_files import (
     AudioFileError,
     draw_spectrogram,
@@ -207,7 +210,7 @@ def read_regions(text, name, unit):
 
 
 def check_speed_arguments(args):
-    """Read `--guidance_interval` as two numbers, and check `--deep_cache`."""
+    """Read `--guidance_interval` as two numbers and `--kernels` as names, and check `--deep_cache`."""
     if args.guidance_interval is not None:
         number = r"\d+\.?\d*"
         if not re.fullmatch(rf"{number}-{number}", args.guidance_interval):
@@ -216,6 +219,11 @@ def check_speed_arguments(args):
         if not 0 <= start < stop <= 1:
             raise CommandError(f"guidance_interval must ascend from 0 to 1, got {args.guidance_interval!r:.100}")
         args.guidance_interval = [start, stop]  # as JSON has it
+    if args.kernels is not None:
+        names = [] if args.kernels == "plain" else args.kernels.split(",")
+        if unknown := [name for name in names if name not in KERNELS]:
+            raise CommandError(f"kernels must be plain, or of {', '.join(KERNELS)}, got {unknown[0]!r:.100}")
+        args.kernels = tuple(names)
     if args.deep_cache is not None and not is_whole(args.deep_cache, 1, 100):
         raise CommandError(f"deep_cache must be a whole number from 1 to 100, got {args.deep_cache}")
 
@@ -352,8 +360,14 @@ def parse_arguments(argv):
         help="with tango-tiny, --student, if no other flag asks for what a student cannot do. With other models, and "
         f"with --no_student, --scheduler {FAST['scheduler']} --steps {FAST['steps']} --guidance {FAST['guidance']:g} "
         f"--guidance_interval {interval} and, for models of the released size, --deep_cache {FAST['deep_cache']}. "
-        "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and on a CPU "
-        "self-attention is computed in blocks",
+        "Explicit flags override these. Where the UNet is in bfloat16, so are the VAE and the vocoder, and they are "
+        "computed by the --kernels that suit the processor",
+    )
+    speed.add_argument(
+        "--kernels",
+        metavar="NAMES",
+        help=f"how the models are computed, which changes the last bits only: plain, or any of {', '.join(KERNELS)}, "
+        "joined by commas (default: plain, with --fast those that suit the processor)",
     )
     student = speed.add_mutually_exclusive_group()
     student.add_argument(
@@ -669,7 +683,8 @@ def choose_device(args, state):
 
 
 def load_pipeline(args, device, dtypes):
-    from . import SCHEDULERS, BlockedAttnProcessor, TangoPipeline
+    from . import SCHEDULERS, TangoPipeline
+    from .kernels import use_kernels
     from .model_files import WEIGHT_SUFFIXES, WEIGHTS, find_variants
 
     try:
@@ -694,12 +709,11 @@ def load_pipeline(args, device, dtypes):
         pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
     if args.deep_cache is not None:
         pipe.enable_deep_cache(interval=args.deep_cache)
-    if args.fast and attends_in_blocks(dtypes, device):
-        pipe.unet.set_attn_processor(BlockedAttnProcessor())
     if args.cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
+    use_kernels(pipe, args.kernels)
     return pipe
 
 
@@ -757,19 +771,43 @@ def lock_folder(stack, state, folder):
 
 def overall_bar(num_sounds, is_hidden):
     """The progress bar of a list of prompts: sounds done, of how many, and the time left."""
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     return tqdm(total=num_sounds, desc="sounds", unit="sound", leave=False, disable=is_hidden or num_sounds < 2)
 
 
-def make_sounds(args):
-    """Generate the sounds that `args` describe, or this process's share of them."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-    from diffusers.utils.torch_utils import get_device
+@contextmanager
+def garbage_kept():
+    """Context in which garbage is not collected until the function that it gives is called: what is loaded until then
+    is no garbage, and collections, at exit too, would look through all of it several times."""
+    collects = gc.isenabled()
 
-    from . import SCHEDULERS
+    def loaded():
+        gc.freeze()
+        if collects:
+            gc.enable()
+
+    gc.disable()
+    try:
+        yield loaded
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
+
+
+def make_sounds(args, loaded=lambda: None):
+    """Generate the sounds that `args` describe, or this process's share of them. `loaded` is called before the first
+    one."""
+    with deferred_imports() if args.prompts is None else nullcontext():
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+        from diffusers.utils.torch_utils import get_device
+
+        from . import SCHEDULERS
 
     # On CPUs, processes form a group only if told so. The timeout is long: the slowest process is waited for.
     state = PartialState(cpu="cpu" in (args.device, get_device()), timeout=timedelta(days=30))
@@ -834,7 +872,14 @@ def make_sounds(args):
                 f"sounds to make: {len(todo)}{there}{share}"
             )
         todo = todo[state.process_index :: state.num_processes]
+        if args.kernels is None and args.fast:
+            is_large = "deep_cache" in fast_settings(args.source)
+            args.kernels, reason = choose_kernels(dtypes, device, len(todo), is_large)
+            if not args.quiet and state.is_main_process:
+                say(f"kernels: {', '.join(args.kernels) or 'plain'} ({reason})")
+        args.kernels = args.kernels or ()
         pipe = load_pipeline(args, device, dtypes) if todo else None
+        loaded()
         compute_in_s = sound_in_s = 0.0
         has_no_bars = args.quiet or not state.is_local_main_process
         overall = stack.enter_context(overall_bar(len(todo), has_no_bars or args.prompts is None))
@@ -900,7 +945,9 @@ def main(argv=None):
         with warnings.catch_warnings():  # hide warnings that are for developers of the libraries
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
-            make_sounds(parse_arguments(argv))
+            args = parse_arguments(argv)
+            with garbage_kept() as loaded:
+                make_sounds(args, loaded)
     except SystemExit as exit:  # --help and --version
         return exit.code
     except KeyboardInterrupt as interrupt:

@@ -1,6 +1,8 @@
-"""Settings by name: schedulers, what `--fast` sets, and the dtypes and the attention that suit a device."""
+"""Settings by name: schedulers, what `--fast` sets, and the dtypes and the kernels that suit a device."""
 
 import math
+import os
+from shutil import which
 
 
 SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "lcm", "tcd")  # those of `SCHEDULERS`
@@ -9,6 +11,16 @@ SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "l
 # usual, since guidance is on in half of the steps. DeepCache is for models of the released width only.
 FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
 LARGE_WIDTH = 1280  # channels of a UNet's widest level
+
+KERNELS = ("blocked-attention", "channels-last-unet", "channels-last-vae", "conv2d-vocoder", "compile-unet")
+# Those of --fast, by kind of processor, for models in bfloat16; docs/speed.md has the measurements.
+# Blocks of attention gain a quarter of a step on an EPYC with AVX512-BF16, and cost a tenth with AMX.
+FAST_KERNELS = {
+    "amx": ("channels-last-vae", "conv2d-vocoder"),
+    "avx512_bf16": ("blocked-attention", "channels-last-vae", "conv2d-vocoder"),
+    "cpu": ("blocked-attention",),
+}
+COMPILE_PAYS_FROM = 40  # sounds by --fast on a CPU with AMX: 83 s of compilation, and 2 to 3 s less for a sound
 
 
 def fast_settings(model):
@@ -52,8 +64,51 @@ def choose_dtypes(name, device, fast=False):
     return dtypes
 
 
-def attends_in_blocks(dtypes, device):
-    """Whether `--fast` sets [`BlockedAttnProcessor`], which pays for bfloat16 on a CPU."""
+def processor(device):
+    """The kind of a device: of CPUs "amx", "avx512_bf16" or "cpu", else its type, such as "cuda"."""
     import torch
 
-    return torch.device(device).type == "cpu" and dtypes.get("unet", dtypes["default"]) == torch.bfloat16
+    device = torch.device(device)
+    if device.type != "cpu":
+        return device.type
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "cpu"
+
+
+def choose_kernels(dtypes, device, num_sounds=1, is_large=False):
+    """The kernels that `--fast` uses.
+
+    Args:
+        dtypes (`dict`): of the models, as of [`choose_dtypes`].
+        device (`torch.device` or `str`)
+        num_sounds (`int`, *optional*, defaults to 1): how many sounds one process makes.
+        is_large (`bool`, *optional*, defaults to `False`): whether the UNet is of the released width.
+
+    Returns:
+        `tuple[str, ...]` of `KERNELS`, and a `str` that says what they were chosen for.
+    """
+    import torch
+
+    kind, dtype = processor(device), dtypes.get("unet", dtypes["default"])
+    reason = f"{kind} in {str(dtype).removeprefix('torch.')}"
+    names = FAST_KERNELS.get(kind, ()) if dtype == torch.bfloat16 else ()
+    if kind == "amx" and names and is_large:
+        if num_sounds >= COMPILE_PAYS_FROM and not find_compiler():
+            reason += ", not compiled without a C++ compiler"
+        elif num_sounds >= COMPILE_PAYS_FROM:
+            names = (*names, "channels-last-unet", "compile-unet")
+            reason += f", compiled for {num_sounds} sounds"
+        elif num_sounds > 1:
+            reason += f", not compiled for fewer than {COMPILE_PAYS_FROM} sounds"
+    return names, reason
+
+
+def find_compiler():
+    """Whether there is a C++ compiler, without which torch cannot compile for a CPU."""
+    return any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def attends_in_blocks(dtypes, device):
+    """Whether `--fast` sets [`BlockedAttnProcessor`]."""
+    return "blocked-attention" in choose_kernels(dtypes, device)[0]

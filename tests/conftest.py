@@ -34,6 +34,7 @@ torch.set_num_threads(1)
 CONTRACT = {  # what .ci/contract runs with other versions of the libraries
     "test_checks",
     "test_convert_tango",
+    "test_deferred_imports",
     "test_input_audio",
     "test_lora",
     "test_main",

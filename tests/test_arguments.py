@@ -94,7 +94,7 @@ def test_every_script_says_its_name_and_flags_without_optional_libraries():
         "import contextlib, importlib, io, sys\n"
         "for name in ('soundfile', 'datasets', 'peft', 'sentencepiece', 'matplotlib', 'tensorboard'):\n"
         "    sys.modules[name] = None\n"
-        "for name in ('train', 'train_autoencoder', 'train_vocoder', 'train_tokenizer'):\n"
+        "for name in ('train', 'train_dpo', 'train_autoencoder', 'train_vocoder', 'train_tokenizer', 'preferences'):\n"
         "    text = io.StringIO()\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):\n"
         "        importlib.import_module(f'training.{name}').main(['--help'])\n"
@@ -119,6 +119,13 @@ NUMBERS = {  # flag -> values that make no sense
         "--validation_guidance_scale": ("nan", "-1"),
         "--num_workers": ("-1",),
     },
+    "train_dpo": {
+        "--beta": ("0", "nan"),
+        "--clip_progress": ("0", "1"),
+        "--chosen_weight": ("-1",),
+        "--num_supervised_steps": ("-1",),
+    },
+    "preferences": {"--num_takes": ("1",), "--min_margin": ("nan", "-1"), "--order_weight": ("inf",)},
     "train_autoencoder": {
         "--kl_weight": ("nan", "-1"),
         "--length_factors": ("inf", "nan"),
@@ -132,6 +139,8 @@ NUMBERS = {  # flag -> values that make no sense
 }
 START = {
     "train": ["--pretrained_model_name_or_path=x", "--train_manifest=x"],
+    "train_dpo": ["--pretrained_model_name_or_path=x", "--train_manifest=x"],
+    "preferences": ["--model=x", "--prompts=x"],
     "train_autoencoder": ["--train_manifest=x"],
     "train_vocoder": ["--train_manifest=x"],
     "train_tokenizer": ["--train_manifest=x"],

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import build_components
 from safetensors.torch import load_file
 from scipy.io import wavfile
 
@@ -20,7 +19,6 @@ from examples.benchmark import (
     signal_to_difference_db,
     summarize,
     table,
-    use_conv2d,
 )
 from pipeline_tango.presets import FAST, fast_settings
 
@@ -92,7 +90,7 @@ def test_options_are_joined_by_plus():
 def test_the_preset_is_that_of_the_command(tiny_folder):
     assert read_variant("preset", "cpu").items() >= FAST.items()
     assert read_variant("preset", "cpu", fast_settings(tiny_folder))["deep_cache"] is None
-    assert not read_variant("preset", "cuda")["blocked_attention"]
+    assert read_variant("preset", "cuda")["kernels"] == () == read_variant("bf16", "cpu")["kernels"]
 
 
 @pytest.mark.parametrize("name", ["reduce-overhead", "bf16+max-autotune"])
@@ -203,17 +201,6 @@ def test_a_student_takes_its_steps_without_guidance(measured):
     assert student["steps"] == student["steps_timed"] == 2 and student["sound_db"] is None
     halves = plain["flop"]["unet"] / plain["steps_timed"], student["flop"]["unet"] / 2
     assert halves[1] < 0.6 * halves[0] and student["flop"]["text"] < plain["flop"]["text"]
-
-
-def test_conv2d_is_the_same_function(components):
-    vocoder, mel_spectrogram = components["vocoder"], torch.randn(2, 20, 64)
-    with torch.no_grad():
-        expected = vocoder(mel_spectrogram)
-        use_conv2d(vocoder)
-        assert torch.allclose(vocoder(mel_spectrogram), expected, atol=1e-5)
-    assert set(vocoder.state_dict()) == set(build_components()["vocoder"].state_dict())
-    with pytest.raises(ValueError, match="`module`"):
-        use_conv2d(torch.nn.Conv1d(2, 2, 3, stride=2))
 
 
 @pytest.mark.parametrize("option", ["compile", "compile-dynamic", "compile-blocks"])

@@ -6,7 +6,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
 from pipeline_tango import SCHEDULERS
-from training.denoiser import SCHEDULER_CONFIG, prepare_denoiser, save_lora, set_schedule, trained_parameters
+from training.denoiser import (
+    SCHEDULER_CONFIG,
+    Reference,
+    prepare_denoiser,
+    save_lora,
+    set_schedule,
+    trained_parameters,
+)
 
 
 def test_only_what_trains_has_gradients_and_frozen_models_are_in_eval_mode(pipe):
@@ -27,6 +34,31 @@ def test_lora_layers_train_in_float32_beside_frozen_weights_of_another_dtype(pip
     assert trained and all("lora" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert pipe.unet.conv_in.weight.dtype == pipe.text_encoder.dtype == torch.bfloat16
     assert pipe.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_a_reference_stays_what_the_training_starts_from(pipe, has_lora):
+    """Without a second copy for LoRA, whose layers are on again afterwards; and without dropout of its own."""
+    peft = pytest.importorskip("peft")
+    pipe.unet.mid_block.resnets[0].dropout.p = 0.5
+    inputs = (torch.randn(1, 4, 8, 16), torch.tensor([500]), torch.randn(1, 3, 16), torch.ones(1, 3))
+    with torch.no_grad():
+        before = pipe.unet(*inputs[:3], encoder_attention_mask=inputs[3]).sample
+    lora = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False) if has_lora else None
+    model = prepare_denoiser(pipe, "cpu", torch.float32, lora=lora)
+    reference = Reference(pipe.unet, has_lora)
+    assert (reference.unet is pipe.unet) == has_lora
+    with torch.no_grad():
+        for parameter in trained_parameters(model):
+            parameter.add_(0.1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model_pred = reference(*inputs)
+    torch.testing.assert_close(model_pred, before)
+    assert not model_pred.requires_grad and model.training and pipe.unet.training
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert (model(*inputs) - before).abs().max() > 1e-3
+    if not has_lora:
+        assert Reference(pipe.unet, False, torch.bfloat16)(*inputs).dtype == torch.bfloat16
 
 
 def test_a_schedule_keeps_its_scheduler_unless_that_cannot_be_rescaled(pipe):

@@ -37,6 +37,8 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
 }
 INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
 INFERENCE |= {
+    "deferred_imports": set(),
+    "kernels": {"attention"},
     "weight_maps": set(),
     "original": {"json_files", "model_files", "weight_maps"},
     "original_hub": {"original"},

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.io import wavfile
 
-from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__
+from pipeline_tango import SCHEDULERS, BlockedAttnProcessor, __version__, kernels
 from pipeline_tango.__main__ import choose_student, main, parse_arguments, read_prompts
-from pipeline_tango.presets import SCHEDULER_NAMES, attends_in_blocks
+from pipeline_tango.presets import SCHEDULER_NAMES
 from pipeline_tango.sound_files import encode_wav, read_audio
 from pipeline_tango.sound_folder import encode_manifest, locked
 
@@ -237,22 +237,38 @@ def test_what_a_student_cannot_do_is_one_line(as_tango_tiny, tiny_folder, studen
     assert status == 2 and "--student belongs to tango-tiny" in line
 
 
-@pytest.mark.parametrize("flags, expected", [("--fast --dtype bfloat16", True), ("--fast", False), ("", False)])
-def test_fast_attends_in_blocks_in_bfloat16_on_a_cpu(tango, monkeypatch, flags, expected):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
-    dtypes = []
+@pytest.mark.parametrize(
+    "flags, has_amx, expected",
+    [
+        ("--fast --dtype bfloat16", False, "kernels: blocked-attention (cpu in bfloat16)"),
+        ("--fast --dtype bfloat16", True, "kernels: channels-last-vae, conv2d-vocoder (amx in bfloat16)"),
+        ("--fast", False, "kernels: plain (cpu in float32)"),
+        ("", True, None),
+    ],
+)
+def test_fast_uses_the_kernels_of_the_processor(tango, monkeypatch, capsys, flags, has_amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    used = []
+    monkeypatch.setattr(kernels, "use_kernels", lambda pipe, names: used.extend(names))
+    assert tango("rain", "-o", "rain.wav", "--steps", 2, *flags.split()) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kernels: ")]
+    assert told == ([expected] if expected else [])
+    assert all(name in (expected or "") for name in used) and bool(used) == ("-" in (expected or ""))
+
+
+def test_kernels_are_chosen_by_a_flag(tango, monkeypatch, capsys):
+    attended = []
     attend = BlockedAttnProcessor.__call__
     monkeypatch.setattr(
-        BlockedAttnProcessor,
-        "__call__",
-        lambda self, attn, hidden_states, *args, **kwargs: (
-            dtypes.append(hidden_states.dtype) or attend(self, attn, hidden_states, *args, **kwargs)
-        ),
+        BlockedAttnProcessor, "__call__", lambda *args, **kwargs: attended.append(1) or attend(*args, **kwargs)
     )
-    assert tango("rain", "-o", "rain.wav", "--steps", 2, *flags.split()) == 0
-    assert set(dtypes) == ({torch.bfloat16} if expected else set())
-    assert not attends_in_blocks({"default": torch.bfloat16}, "cuda")
+    asked = ["rain", "-o", "rain.wav", "--steps", 2, "--seed", 0, "--kernels"]
+    assert tango(*asked, "plain", "--fast", "--dtype", "bfloat16") == 0 and not attended
+    assert tango(*asked, "blocked-attention,conv2d-vocoder") == 0 and attended
+    assert "kernels:" not in capsys.readouterr().err
+    assert tango(*asked, "plain,fast") == 2
+    assert "kernels must be plain, or of blocked-attention, " in capsys.readouterr().err
 
 
 def test_a_deep_cache_is_recorded_and_changes_the_sound(tango, tmp_path, capsys):

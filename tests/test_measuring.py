@@ -11,7 +11,7 @@ from training.data import Clip, read_waveform
 from training.evaluation.items import Item
 from training.evaluation.listeners import load_listener
 from training.evaluation.measuring import Classes, best_of, set_level
-from training.evaluation.metrics import in_sequence
+from training.evaluation.metrics import begin_in_sequence, in_sequence
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -69,25 +69,35 @@ def test_labels_and_words_find_the_classes_of_a_listener(yamnet_folder):
 
 
 def test_the_order_of_events_is_measured_where_the_prompt_names_them(measure, recordings, tmp_path, yamnet_folder):
+    """Of recordings in their order too, given as real recordings under the ids of the prompts. Where a prompt names
+    events without an order, it is measured only whether all are heard."""
     listener = load_listener("yamnet", str(yamnet_folder))
-    sounds, lines, expected = tmp_path / "sounds", [], []
+    sounds, lines, expected = tmp_path / "sounds", [], {"order": [], "begin_order": []}
     sounds.mkdir()
     for i, name in enumerate(NAMES):
         waveform, rate = soundfile.read(recordings.parent / f"{name}.wav")
         soundfile.write(sounds / f"{name}.wav", np.concatenate([waveform, waveform[::-1]] * 2), rate)
         lines.append({"id": name, "caption": name})
+        if i == 4:
+            lines[-1]["together"] = listener.class_ids[:2]
         if i < 4:
             sequence = [listener.class_ids[7 * i], "several"]
             lines[-1]["sequence"] = sequence if i % 2 else ",".join(sequence)
             heard = listener(set_level(read_waveform(Clip(str(sounds / f"{name}.wav"), ()), 16000), "peak"))
-            expected.append(in_sequence(heard["patch_logits"].numpy(), [{7 * i}, {300, 301}]))
+            for name, metric in (("order", in_sequence), ("begin_order", begin_in_sequence)):
+                expected[name].append(metric(heard["patch_logits"].numpy(), [{7 * i}, {300, 301}]))
     prompts, class_map = tmp_path / "prompts.jsonl", tmp_path / "classes.json"
     prompts.write_text("\n".join(map(json.dumps, lines)))
     class_map.write_text(json.dumps({"several": listener.class_ids[300:302]}))
-    output = measure("--generated", sounds, "--prompts", prompts, "--class_map", class_map)
-    [row] = [row for row in read_results(output) if row["metric"] == "order" and row["system"] == "sounds"]
-    assert row["value"] == np.mean(expected) and row["num_clips"] == "4" and "by chance 0.50" in row["note"]
-    assert value_of(read_results(output), "sequence_recall", system="sounds") in (0, 0.25, 0.5, 0.75, 1)
-    assert "In order" in (output / "results.md").read_text()
+    flags = ("--generated", sounds, "--prompts", prompts, "--class_map", class_map)
+    output = measure(*flags, "--real_recordings", sounds, references=None)
+    rows = read_results(output)
+    for name, values in expected.items():
+        for system in ("sounds", "real recordings (sounds)"):
+            [row] = [row for row in rows if row["metric"] == name and row["system"] == system]
+            assert row["value"] == np.mean(values) and row["num_clips"] == "4" and "by chance 0.50" in row["note"]
+    [row] = [row for row in rows if row["metric"] == "sequence_recall" and row["system"] == "sounds"]
+    assert row["num_clips"] == "5" and row["value"] in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    assert "Begin in order" in (output / "results.md").read_text()
     for figure in read_results(measure("--generated", sounds, "--prompts", recordings, output="without")):
-        assert figure["metric"] not in ("order", "order_heard", "sequence_recall")
+        assert figure["metric"] not in ("order", "order_heard", "begin_order", "begin_order_heard", "sequence_recall")

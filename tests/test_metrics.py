@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.evaluation.metrics import (
+    begin_in_sequence,
     clap_score,
     class_recall,
+    event_scores,
     frechet_distance,
     frechet_warning,
     gaussian_bandwidth,
@@ -307,3 +309,38 @@ def test_noise_is_in_order_as_often_as_chance():
     for sequence, chance in (([{0, 1}, {2}], 1 / 2), ([{0}, {1}, {2}], 1 / 6)):
         orders = [in_sequence(rng.normal(-3, 2, (9, 6)), sequence) for _ in range(3000)]
         assert np.mean(orders) == pytest.approx(chance, abs=0.03)
+
+
+def test_events_begin_in_order_if_each_reaches_half_of_its_peak_later():
+    logits = np.full((10, 4), -9.0)
+    logits[1:, 0] = logits[4:6, 1] = logits[8:, 2] = 3  # the first goes on behind the others
+    assert begin_in_sequence(logits, [{0}, {1}, {2}]) == 1 and begin_in_sequence(logits, [{1}, {0}]) == 0
+    assert in_sequence(logits, [{0}, {1}]) == 0  # its mean time is later, though it begins first
+    assert begin_in_sequence(logits, [{0}, {0}]) == 1 / 2  # at once: one order of two
+    assert begin_in_sequence(logits, [{0}, {0}, {0}]) == pytest.approx(1 / 6)
+    assert begin_in_sequence(logits, [{0}, {1}, {1}]) == 1 / 2 and begin_in_sequence(logits, [{1}, {1}, {0}]) == 0
+    assert math.isnan(begin_in_sequence(logits[:1], [{0}, {1}]))
+
+
+def test_sounds_without_an_order_begin_in_it_as_often_as_chance():
+    rng = np.random.default_rng(0)
+    for sequence, chance in (([{0, 1}, {2}], 1 / 2), ([{0}, {1}, {2}], 1 / 6)):
+        orders = [begin_in_sequence(rng.normal(-1, 1, (9, 6)), sequence) for _ in range(3000)]
+        # two classes reach their peak sooner than one: only events alike have no order
+        assert np.mean(orders) == pytest.approx(chance, abs=0.03 if len(sequence) == 3 else 0.12)
+
+
+def test_events_score_by_their_probabilities_and_their_order():
+    logits = np.full((4, 3), -40.0)
+    logits[:2, 0] = logits[2:, 1] = 0  # one half each, with probability 0.5
+    clip = np.array([0.0, -1.0, 5.0])
+    heard, order = event_scores(clip, logits, [{0}, {1}])
+    np.testing.assert_allclose(heard, np.log(1 / (1 + np.exp([0.0, 1.0]))))
+    assert order == pytest.approx(1) and event_scores(clip, logits, [{1}, {0}])[1] == pytest.approx(0)
+    assert event_scores(clip, logits, [{0}, {0}])[1] == pytest.approx(0.5)
+    assert event_scores(clip, logits, [{0}, {1}, {0}])[1] == pytest.approx(0.5)  # one in order, one not
+    # a class of both counts for neither; of two own ones the most probable does
+    np.testing.assert_allclose(event_scores(clip, logits, [{0, 2}, {1, 2}])[0], heard)
+    assert event_scores(clip, logits, [{0, 1}])[0] == pytest.approx([math.log(0.5)])
+    for patches, events in ((None, [{0}, {1}]), (logits[:1], [{0}, {1}]), (logits, [{0}])):
+        assert event_scores(clip, patches, events)[1] is None

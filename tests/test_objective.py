@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline_tango import TangoPipeline
+from training.denoiser import Denoiser
 from training.objective import (
     check_scheduler,
+    clip_progress,
     diffusion_loss,
     diffusion_target,
+    dpo_gap,
+    dpo_loss,
     empty_prompt_rows,
+    loss_weights,
     min_snr_weight,
     perturb_noise,
     reconstruction_error,
@@ -22,9 +28,11 @@ from training.objective import (
     sample_timesteps,
     snr,
 )
+from training.train_dpo import pair_errors
 
 
 META = json.loads((GOLDENS / "golden" / "meta.json").read_text())
+DPO = json.loads((GOLDENS / "golden" / "dpo.json").read_text())
 
 
 def make_scheduler(prediction_type="v_prediction", **kwargs):
@@ -91,6 +99,84 @@ def test_gradients_match_the_original(original):
     total = torch.nn.utils.get_total_norm([parameter.grad for parameter in unet.parameters()])
     assert total.item() == pytest.approx(META["train_grad_norm_total_snr_5"], rel=1e-4)
     unet.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def preferences(converted):
+    """A policy and a reference whose `conv_out.weight` is smaller, and what `pair_errors` takes of the original's two
+    pairs beside them."""
+    pipe = TangoPipeline.from_pretrained(converted)
+    with torch.no_grad():
+        text, mask, _, _ = pipe.encode_prompt(DPO["prompts"], do_classifier_free_guidance=False)
+    tensors = golden("dpo")
+    latents = torch.cat([tensors["latents_chosen"], tensors["latents_rejected"]])
+    scheduler = DDPMScheduler.from_pretrained(converted, subfolder="scheduler")
+    inputs = (scheduler, latents, tensors["noise"][:2], tensors["timesteps"], text.repeat(2, 1, 1), mask.repeat(2, 1))
+    policy, reference = (
+        Denoiser(UNet2DConditionModel.from_pretrained(converted, subfolder="unet").eval()) for _ in range(2)
+    )
+    with torch.no_grad():
+        reference.unet.conv_out.weight.mul_(0.9)
+    return policy, reference, inputs, tensors
+
+
+def test_preference_losses_and_their_gradient_match_the_original(preferences):
+    policy, reference, inputs, tensors = preferences
+    errors = pair_errors(policy, *inputs)
+    with torch.no_grad():
+        reference_errors = pair_errors(reference, *inputs)
+    torch.testing.assert_close(errors.flatten(), tensors["policy_mse"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(reference_errors.flatten(), tensors["reference_mse"], rtol=0, atol=1e-5)
+    losses = DPO["losses"]
+    for beta, tolerance in ((1, 1e-5), (20, 1e-5), (2000, 3e-4)):
+        loss = dpo_loss(*errors, *reference_errors, beta).mean()
+        assert loss.item() == pytest.approx(losses[f"dpo_beta_{beta}"], abs=tolerance)
+        same = dpo_loss(*errors, *errors.detach(), beta).mean()
+        assert same.item() == pytest.approx(losses["dpo_reference_equals_policy"], abs=1e-6)
+    dpo_loss(*errors, *reference_errors, 20).mean().backward()
+    norm = policy.unet.conv_out.weight.grad.norm().item()
+    assert norm == pytest.approx(losses["grad_norm_conv_out_weight_beta_20"], rel=1e-4)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    policy.zero_grad()
+
+
+@pytest.mark.parametrize(("name", "gamma"), [("sft_snr_none", None), ("sft_snr_5", 5.0)])
+def test_warm_up_losses_match_the_original(preferences, name, gamma):
+    policy, _, inputs, _ = preferences
+    with torch.no_grad():
+        chosen_errors = pair_errors(policy, *inputs)[0]
+    weights = loss_weights(inputs[0], inputs[3], gamma, "original")
+    loss = (chosen_errors * (1 if weights is None else weights)).mean()
+    assert loss.item() == pytest.approx(DPO["losses"][name], abs=1e-5)
+
+
+def test_the_preference_loss_has_its_closed_form():
+    for error in ([1.0, 1.0, 1.0, 1.0], [3.0, 5.0, 0.5, 2.5]):  # no further apart than for the reference
+        assert dpo_loss(*torch.tensor(error), beta=2000).item() == pytest.approx(math.log(2))
+    errors = torch.tensor([[1.0, 2.0], [1.5, 1.0], [1.2, 2.0], [1.3, 1.0]])
+    gap = torch.tensor([-0.4, 0.0])  # (1.0 - 1.5) - (1.2 - 1.3)
+    torch.testing.assert_close(dpo_gap(*errors), gap, rtol=0, atol=1e-6)
+    for beta in (1.0, 20.0):
+        torch.testing.assert_close(dpo_loss(*errors, beta), -F.logsigmoid(-beta / 2 * gap), rtol=0, atol=1e-5)
+    # far on the wrong side it is the straight line beta / 2 gap, far on the right one 0, and finite throughout
+    wrong, right = torch.tensor([[9.0, 1.0], [1.0, 9.0], [1.0, 1.0], [1.0, 1.0]]).unbind(1)
+    assert dpo_loss(*wrong, beta=2000).item() == 8000 and dpo_loss(*right, beta=2000).item() == 0
+
+
+def test_the_preference_loss_pulls_the_chosen_and_pushes_the_rejected_error():
+    errors = torch.tensor([1.0, 1.5, 1.2, 1.3], requires_grad=True)
+    dpo_loss(*errors, beta=20.0).backward()
+    slope = 10 / (1 + math.exp(4))  # beta / 2 sigmoid(beta / 2 gap)
+    torch.testing.assert_close(errors.grad, torch.tensor([slope, -slope, -slope, slope]))
+
+
+def test_clipped_progress_has_no_gradient_where_the_error_is_far_better():
+    reference = torch.tensor([[2.0, 2.0, 2.0], [0.2, 0.2, 0.2]])
+    errors = torch.tensor([[1.9, 1.7, 2.5], [0.21, 0.3, 0.1]], requires_grad=True)
+    clipped = clip_progress(*errors, *reference, 0.1)
+    torch.testing.assert_close(torch.stack(clipped), torch.tensor([[1.9, 1.8, 2.5], [0.21, 0.22, 0.1]]))
+    (clipped[0].sum() + clipped[1].sum()).backward()
+    assert errors.grad.tolist() == [[1, 0, 1], [1, 0, 1]]
 
 
 def test_snr_matches_the_original_and_diffusers():
@@ -242,6 +328,9 @@ def test_perturbed_noise_is_wider_by_the_perturbation():
         (lambda: min_snr_weight(torch.ones(1), 5.0, "sample"), "prediction_type"),
         (lambda: min_snr_weight(torch.ones(1), 5.0, "epsilon", weighting="both"), "weighting"),
         (lambda: diffusion_loss(torch.zeros(2, 2), torch.zeros(2, 1)), "model_pred"),
+        (lambda: dpo_loss(*torch.zeros(4, 2), beta=0.0), "beta"),
+        (lambda: dpo_loss(*torch.zeros(3, 2), torch.zeros(4), 1.0), "reference_rejected_error"),
+        (lambda: clip_progress(*torch.ones(4, 2), limit=0.0), "limit"),
         (lambda: diffusion_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(1)), "weights"),
     ],
 )

@@ -3,8 +3,17 @@ import json
 import pytest
 import torch
 
-from pipeline_tango import SCHEDULERS
-from pipeline_tango.presets import FAST, SCHEDULER_NAMES, choose_dtypes, fast_settings
+from pipeline_tango import SCHEDULERS, presets
+from pipeline_tango.presets import (
+    FAST,
+    KERNELS,
+    SCHEDULER_NAMES,
+    attends_in_blocks,
+    choose_dtypes,
+    choose_kernels,
+    fast_settings,
+    processor,
+)
 
 
 def test_scheduler_names_are_those_of_the_pipeline():
@@ -31,3 +40,51 @@ def test_fast_has_a_cache_for_wide_models(tmp_path, width, has_cache):
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"block_out_channels": [320, width]}))
     assert ("deep_cache" in fast_settings(tmp_path)) == has_cache
     assert fast_settings(tmp_path).items() <= FAST.items()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one of another kind."""
+
+    def pretend(kind, has_compiler=True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind == "amx")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kind in ("amx", "avx512_bf16"))
+        monkeypatch.setattr(presets, "find_compiler", lambda: has_compiler)
+
+    return pretend
+
+
+BFLOAT16, FLOAT32 = {"default": torch.bfloat16}, {"default": torch.float32, "unet": torch.float32}
+
+
+def test_kernels_follow_from_the_processor(machine):
+    chosen = {}
+    for kind in ("amx", "avx512_bf16", "cpu"):
+        machine(kind)
+        assert processor("cpu") == kind and processor("cuda:1") == "cuda"
+        chosen[kind], reason = choose_kernels(BFLOAT16, "cpu")
+        assert reason == f"{kind} in bfloat16" and set(chosen[kind]) <= set(KERNELS)
+        assert choose_kernels(FLOAT32, "cpu") == ((), f"{kind} in float32")
+        assert choose_kernels(BFLOAT16, "cuda") == ((), "cuda in bfloat16")
+        assert attends_in_blocks(BFLOAT16, "cpu") == (kind != "amx") and not attends_in_blocks(FLOAT32, "cpu")
+    assert "blocked-attention" in chosen["avx512_bf16"] and "blocked-attention" not in chosen["amx"]
+    assert {"channels-last-vae", "conv2d-vocoder"} <= set(chosen["amx"])
+    assert all(not name.endswith("-unet") for names in chosen.values() for name in names)
+
+
+@pytest.mark.parametrize(
+    "kind, num_sounds, is_large, has_compiler, compiles, told",
+    [
+        ("amx", 1, True, True, False, ""),
+        ("amx", 39, True, True, False, ", not compiled for fewer than 40 sounds"),
+        ("amx", 40, True, True, True, ", compiled for 40 sounds"),
+        ("amx", 40, True, False, False, ", not compiled without a C++ compiler"),
+        ("amx", 40, False, True, False, ""),
+        ("avx512_bf16", 1000, True, True, False, ""),
+    ],
+)
+def test_a_long_list_is_compiled_where_that_pays(machine, kind, num_sounds, is_large, has_compiler, compiles, told):
+    machine(kind, has_compiler)
+    names, reason = choose_kernels(BFLOAT16, "cpu", num_sounds, is_large)
+    assert ("compile-unet" in names) == ("channels-last-unet" in names) == compiles
+    assert reason == f"{kind} in bfloat16{told}"

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from examples.sound_library import assemble, build, captions, compose, probe, scenes, train_scenes
+from examples.sound_library import assemble, build, captions, compose, pair_prompts, probe, scenes, train_scenes
 from examples.sound_library import pack as packing
 from examples.sound_library.recordings import Recordings, read_recording
 from examples.sound_library.recordings import pressure_level_db as pressure_level_of_array
@@ -498,7 +498,7 @@ def test_a_recording_that_is_missing_or_a_split_that_does_not_exist_is_named(lib
 
 
 def test_prompts_of_sequences_are_composed_of_recordings_in_their_order(recordings, library, tmp_path):
-    lines = [{"id": "bee+footsteps", "sequence": ["bee", "footsteps"]}, {"id": "x", "sequence": ["bee", "bell"]}]
+    lines = [{"id": "bee+footsteps", "sequence": ["bee", "footsteps"]}, {"id": "x", "together": ["bee", "footsteps"]}]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, lines)))
     flags = [str(library), str(tmp_path / "out"), "--prompts", str(prompts), "--seconds", "4"]
@@ -507,6 +507,8 @@ def test_prompts_of_sequences_are_composed_of_recordings_in_their_order(recordin
     waveform, _ = soundfile.read(tmp_path / "out" / "bee+footsteps.flac")
     tone = np.exp(2j * np.pi * 200 * np.arange(16000) / 16000)
     assert abs(waveform[:16000] @ tone) > 20 * abs(waveform[-16000:] @ tone)
+    waveform, _ = soundfile.read(tmp_path / "out" / "x.flac")
+    assert abs(waveform[:16000] @ tone) < 5 * abs(waveform[-16000:] @ tone)
     prompts.write_text(json.dumps({"id": "y", "sequence": ["bee", "snow"]}))
     with pytest.raises(SystemExit, match="--split train has no recording of snow"):
         compose.main(flags)
@@ -518,9 +520,23 @@ def test_the_lists_of_prompts_differ_and_have_classes():
     for path in (assemble.HERE / "prompts").glob("*.jsonl"):
         lists[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
         for prompt in lists[path.stem]:
-            assert set(prompt.get("sequence", [prompt.get("category")])) <= classes.keys()
+            events = prompt.get("sequence") or prompt.get("together") or [prompt["category"]]
+            assert set(events) <= classes.keys()
     develop, held = ({tuple(each["sequence"]) for each in lists[name]} for name in ("pairs_develop", "pairs_held"))
     assert len(develop) == len(held) == 24 and not develop & held
+
+
+def test_the_lists_for_preferences_share_no_pair_and_are_those_of_their_script():
+    pairs = {}
+    for name, drawn in pair_prompts.write_prompts().items():
+        lines = [json.loads(line) for line in (assemble.HERE / "prompts" / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in drawn] == [line["id"] for line in lines]
+        events = [line.get("sequence") or line["together"] for line in lines]
+        pairs[name] = {frozenset(each) for each in events}
+        assert len(pairs[name]) == len(lines) == 36 and sum("sequence" in line for line in lines) == 24
+    assert not set.intersection(*pairs.values())
+    classes = json.loads((assemble.HERE / "classes.json").read_text())
+    assert not any(set(classes[a]) & set(classes[b]) for a, b in map(tuple, set.union(*pairs.values())))
 
 
 # Training on scenes

@@ -462,21 +462,26 @@ class ClipSources:
 
 
 def prepare_clips(sources, accelerator, output_dir, num_workers, seed):
-    """Training and validation clips of `ClipSources`, after every file was decoded once. A report of what cannot be
-    used goes to `output_dir`; with `on_bad_data` `"refuse"` it is a ValueError."""
+    """Training and validation clips of `ClipSources`, after every file was decoded once: see `usable_clips`."""
     result = {"validation": []}
     for use, clips in sources.read().items():
-        good, faults = inspect_clips(clips, min_length_in_s=sources.min_length_in_s, num_workers=num_workers)
-        report = format_report(faults, len(clips))
-        if faults and accelerator.is_main_process:
-            path = output_dir / f"bad_{use}_data.json"
-            write_report(faults, len(clips), path)
-            logger.warning(f"{use} data: {report}\n(also in {path})")
-        if faults and sources.on_bad_data == "refuse":
-            raise ValueError(f"{use} data: {report}")
-        if not good:
-            raise ValueError(f"{use} data: nothing is left. {report}")
-        result[use] = good
+        result[use] = usable_clips(use, clips, sources, accelerator, output_dir, num_workers)
     if sources.max_train_samples and sources.max_train_samples < len(result["train"]):
         result["train"] = select_clips(result["train"], sources.max_train_samples, seed)
     return result["train"], result["validation"]
+
+
+def usable_clips(use, clips, sources, accelerator, output_dir, num_workers):
+    """Those of the clips for `use` that can be trained on. A report of the others goes to `output_dir`; with
+    `on_bad_data` `"refuse"` it is a ValueError."""
+    good, faults = inspect_clips(clips, min_length_in_s=sources.min_length_in_s, num_workers=num_workers)
+    report = format_report(faults, len(clips))
+    if faults and accelerator.is_main_process:
+        path = output_dir / f"bad_{use}_data.json"
+        write_report(faults, len(clips), path)
+        logger.warning(f"{use} data: {report}\n(also in {path})")
+    if faults and sources.on_bad_data == "refuse":
+        raise ValueError(f"{use} data: {report}")
+    if not good:
+        raise ValueError(f"{use} data: nothing is left. {report}")
+    return good

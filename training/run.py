@@ -356,10 +356,10 @@ def tail_mean(values):
     return sum(tail) / max(1, len(tail))
 
 
-def log_plan(first_step, num_steps, step_size, num_clips):
-    """Log the length of a run whose optimizer steps take `step_size` clips."""
+def log_plan(first_step, num_steps, step_size, num_clips, what="clips"):
+    """Log the length of a run whose optimizer steps take `step_size` clips, or pairs."""
     num_epochs = num_steps * step_size / num_clips
-    logger.info(f"{num_steps} steps of {step_size} clips ({num_epochs:.1f} epochs), from step {first_step}")
+    logger.info(f"{num_steps} steps of {step_size} {what} ({num_epochs:.1f} epochs), from step {first_step}")
 
 
 def progress_bar(accelerator, first_step, num_steps):

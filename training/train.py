@@ -17,7 +17,7 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
-from pipeline_tango.flags import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE
+from pipeline_tango.flags import FRACTION, INDEX, NOT_NEGATIVE, POSITIVE
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -25,7 +25,11 @@ from .arguments import (
     add_ema_arguments,
     add_lora_arguments,
     add_optimisation_arguments,
+    add_optimizer_arguments,
+    add_precision_arguments,
+    add_push_arguments,
     add_report_arguments,
+    add_validation_arguments,
     build_parser,
     check_arguments,
     check_libraries,
@@ -49,11 +53,10 @@ from .objective import (
     check_scheduler,
     diffusion_loss,
     diffusion_target,
-    min_snr_weight,
+    loss_weights,
     perturb_noise,
     sample_noise,
     sample_timesteps,
-    snr,
 )
 from .results import make_sounds, push_result, save_result
 from .run import (
@@ -154,40 +157,15 @@ def parse_args(argv=None):
         help="train the text encoder too, which else is frozen and in eval mode",
     )
     add_ema_arguments(trained, ema_decay=0.9999)
-    trained.add_argument(
-        "--gradient_checkpointing", action="store_true", help="less memory for activations, about 30%% more time"
-    )
-    trained.add_argument(
-        "--mixed_precision", choices=("no", "fp16", "bf16"), help="autocast (default: accelerate's setting)"
-    )
+    add_precision_arguments(trained)
 
-    steps = add_optimisation_arguments(parser)
-    steps.add_argument("--lr_num_cycles", type=COUNT, default=1, help="cycles of cosine_with_restarts")
-    steps.add_argument("--lr_power", type=POSITIVE, default=1.0, help="power of the polynomial schedule")
-    steps.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
-    steps.add_argument("--fused_adam", action="store_true", help="fused kernel of AdamW")
+    add_optimizer_arguments(add_optimisation_arguments(parser))
 
     add_checkpoint_arguments(parser)
 
-    validation = parser.add_argument_group("validation")
-    validation.add_argument("--validation_steps", type=COUNT, default=500, help="steps between validations")
-    validation.add_argument(
-        "--num_validation_timesteps", type=COUNT, default=8, help="timesteps of the validation loss"
-    )
-    validation.add_argument(
-        "--validation_prompts", nargs="+", default=[], help="generate sounds for these at each validation"
-    )
-    validation.add_argument(
-        "--num_validation_inference_steps", type=COUNT, default=25, help="DPM++ steps of these sounds"
-    )
-    validation.add_argument(
-        "--validation_guidance_scale", type=NOT_NEGATIVE, default=3.0, help="guidance scale of these sounds"
-    )
+    add_validation_arguments(parser)
 
-    reports = add_report_arguments(parser)
-    reports.add_argument("--push_to_hub", action="store_true", help="upload the result with its card")
-    reports.add_argument("--hub_model_id", help="owner/name (default: the name of the output folder)")
-    reports.add_argument("--private", action="store_true", help="make it a private repo")
+    add_push_arguments(add_report_arguments(parser))
 
     args = parser.parse_args(argv)
     parts = (args.unet_config, args.vae, args.vocoder, args.text_encoder)
@@ -225,14 +203,6 @@ def load_pipeline(args, weight_dtype):
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     return pipe
-
-
-def loss_weights(scheduler, timesteps, snr_gamma, snr_weighting):
-    """min-SNR weights of the samples' losses; None without `snr_gamma`."""
-    if snr_gamma is None:
-        return None
-    ratios = snr(scheduler.alphas_cumprod, timesteps)
-    return min_snr_weight(ratios, snr_gamma, scheduler.config.prediction_type, snr_weighting)
 
 
 def add_mixes(batch, sampling_rate, rule, num_mixes, ratio, key):

@@ -6,7 +6,8 @@
 The first writes 16 kHz mono FLAC files of scenes (`scenes.py`) and `data.jsonl`, a manifest for `training` with
 several captions per clip; each clip depends on the seed and its own index only, so that a larger number of clips does
 not change the first ones. `--captions_only` leaves out the sounds. The second writes recordings in the sequence that
-each prompt names, for `tango-evaluate --generated OUT`. Needs the extra `train`.
+each prompt names (column `sequence`), or mixed (column `together`), for `tango-evaluate --real_recordings OUT`. Needs
+the extra `train`.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main(argv=None):
     parser.add_argument("--num_clips", type=int, default=3000, help="number of clips (default: 3000)")
     parser.add_argument("--num_captions", type=int, default=8, help="captions of a clip, at most (default: 8)")
     parser.add_argument("--captions_only", action="store_true", help="write the manifest alone")
-    parser.add_argument("--prompts", type=Path, help="JSON lines with id and sequence, to compose instead")
+    parser.add_argument("--prompts", type=Path, help="JSON lines with id and sequence or together, to compose")
     parser.add_argument("--split", default="train", help="split of the recordings: train, heldout or all")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
@@ -68,11 +69,13 @@ def main(argv=None):
         parser.error(f"{args.output / 'data.jsonl'} is there already: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
-        missing = [each for each in prompt["sequence"] if each not in recordings.indices]
+        relation = "sequence" if "sequence" in prompt else "mixed"
+        categories = prompt["sequence" if relation == "sequence" else "together"]
+        missing = [each for each in categories if each not in recordings.indices]
         if missing:
             raise SystemExit(f"error: --split {args.split} has no recording of {missing[0]} ({prompt['id']})")
         rng = np.random.default_rng([args.seed, number])
-        scene = make_scene(rng, recordings, num_samples, "sequence", prompt["sequence"])
+        scene = make_scene(rng, recordings, num_samples, relation, categories)
         write_sound(args.output / f"{prompt['id']}.flac", render(scene.events, recordings.waveforms, num_samples))
     if prompts:
         print(f"{len(prompts)} sounds: {args.output}")

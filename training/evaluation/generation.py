@@ -188,8 +188,13 @@ def start_manifest(system):
     write_atomically(manifest, "".join(lines).encode())
 
 
-def check_settings(system, settings, weights):
-    """Refuse to add sounds to a folder whose sounds were generated with other settings."""
+def check_settings(system, settings, weights=None):
+    """Refuse to add sounds to a folder whose sounds were generated with other settings.
+
+    Args:
+        weights (`str`, *optional*): hash of the model's weights, with which the settings of a new folder are written.
+            Without it only the rest is compared, and a new folder is left alone.
+    """
     current = {
         "weights": weights,
         "scheduler": system.scheduler,
@@ -201,6 +206,10 @@ def check_settings(system, settings, weights):
         "dtype": settings.dtype,
     }
     path = system.folder / "settings.json"
+    if weights is None:
+        current.pop("weights")
+        if not path.exists():
+            return
     if not path.exists():
         # every process may write it: the same content
         write_atomically(path, (json.dumps(current, indent=2) + "\n").encode())

@@ -12,8 +12,10 @@ from ..data import Clip, is_silent, read_waveform
 from ..latents import LatentCache, cache_key
 from .items import group_of, labels_of
 from .metrics import (
+    begin_in_sequence,
     clap_score,
     class_recall,
+    event_scores,
     frechet_distance,
     frechet_warning,
     gaussian_bandwidth,
@@ -118,6 +120,7 @@ class MetricSettings:
         seed (`int`): of the bootstrap resamples.
         label_column (`str`): column of the items with class ids or names.
         sequence_column (`str`): column of the items with labels of the events, in the order of the prompt.
+        together_column (`str`): column of the items with labels of the events of a prompt without an order.
         class_map (`dict[str, list[str]]`, *optional*): class names or ids for a label.
     """
 
@@ -127,6 +130,7 @@ class MetricSettings:
     recall_k: int = 5
     label_column: str = "labels"
     sequence_column: str = "sequence"
+    together_column: str = "together"
     class_map: dict | None = None
 
 
@@ -225,20 +229,23 @@ class Measure:
             if any(right):
                 add_mean("recall", class_recall(logits, right, settings.recall_k))
             sequences = [self.sequence_of(item) for item in items]
-            heard = sequence_recall(logits, sequences, settings.recall_k)
-            if any(sequences):
+            events = [sequence or self.together_of(item) for item, sequence in zip(items, sequences, strict=True)]
+            heard = sequence_recall(logits, events, settings.recall_k)
+            if any(events):
                 add_mean("sequence_recall", heard)
             if any(sequences) and "patch_logits" in features[0]:
-                order = np.array(
-                    [
-                        in_sequence(row["patch_logits"], sequence) if sequence else math.nan
-                        for row, sequence in zip(features, sequences, strict=True)
-                    ]
-                )
-                for name, values in (("order", order), ("order_heard", np.where(heard == 1, order, math.nan))):
-                    chances = [1 / math.factorial(len(sequences[i])) for i in np.flatnonzero(np.isfinite(values))]
-                    if chances:
-                        add_mean(name, values, f"by chance {np.mean(chances):.2f}")
+                for name, metric in (("order", in_sequence), ("begin_order", begin_in_sequence)):
+                    order = np.array(
+                        [
+                            metric(row["patch_logits"], sequence) if sequence else math.nan
+                            for row, sequence in zip(features, sequences, strict=True)
+                        ]
+                    )
+                    order_heard = np.where(heard == 1, order, math.nan)
+                    for name, values in ((name, order), (f"{name}_heard", order_heard)):
+                        chances = [1 / math.factorial(len(sequences[i])) for i in np.flatnonzero(np.isfinite(values))]
+                        if chances:
+                            add_mean(name, values, f"by chance {np.mean(chances):.2f}")
 
         # against each sound's text
         if hasattr(self.listener, "embed_text"):
@@ -265,8 +272,15 @@ class Measure:
         return own or (labels_of(self.prompts[item.id], self.settings.label_column) if item.id in self.prompts else [])
 
     def sequence_of(self, item):
-        """The classes of each event of the item, or of the prompt with its id; empty unless two or more are known."""
-        column = self.settings.sequence_column
+        """The classes of each event of the item, or of the prompt with its id, in the order of the prompt; empty
+        unless two or more are known."""
+        return self.events_of(item, self.settings.sequence_column)
+
+    def together_of(self, item):
+        """The same for the events of a prompt that names no order."""
+        return self.events_of(item, self.settings.together_column)
+
+    def events_of(self, item, column):
         prompt = self.prompts.get(item.id)
         labels = labels_of(item, column) or (labels_of(prompt, column) if prompt else [])
         sequence = [self.classes.of_labels([label]) for label in labels]
@@ -289,6 +303,40 @@ class Measure:
         if missing := sorted(set(texts) - self.text_embeddings.keys()):
             self.text_embeddings |= dict(zip(missing, self.listener.embed_text(missing).numpy()))
         return np.stack([self.text_embeddings[text] for text in texts])
+
+    def asked_for(self, item):
+        """The classes of each event that the item's prompt asks for, and whether it asks for their order: by its
+        events, else by its labels, else by the words of its text. Empty if it names no class."""
+        if sequence := self.sequence_of(item):
+            return sequence, True
+        classes = self.classes.of_labels(self.labels_of(item)) or self.classes.of_text(self.text_of(item))
+        return self.together_of(item) or ([classes] if classes else []), False
+
+    def preferences(self, items, features, order_weight=1.0):
+        """How well each sound does what its prompt asks for, to compare the takes of a prompt by.
+
+        A listener of texts scores by the cosine with the prompt. One of classes scores by the sum of the
+        log-probabilities of the events in `asked_for`, and where these have an order and the listener classifies
+        patches, by `order_weight` times the logarithm of `order` beside it.
+
+        Returns:
+            `list[dict]`: `score`, NaN where the prompt names no class; from a listener of classes `heard`, the
+            log-probability of each event, and `order` (see `event_scores`).
+        """
+        if hasattr(self.listener, "embed_text"):
+            return [{"score": float(score)} for score in self.rank(items, features)]
+        rows = []
+        for item, each in zip(items, features, strict=True):
+            events, has_order = self.asked_for(item)
+            if not events:
+                rows.append({"score": math.nan})
+                continue
+            heard, order = event_scores(each["logits"], each.get("patch_logits") if has_order else None, events)
+            row = {"score": float(heard.sum()), "heard": heard.tolist()}
+            if order is not None:
+                row |= {"score": row["score"] + order_weight * math.log(max(order, 1e-9)), "order": order}
+            rows.append(row)
+        return rows
 
     def rank(self, items, features):
         """Scores of how well each sound matches its text: CLAP's cosine, or the mean logit of the classes that the

@@ -195,25 +195,80 @@ def sequence_recall(logits, sequences, k=5):
     return np.where([bool(events) for events in sequences], np.array(hits, np.float64), math.nan)
 
 
-def in_sequence(patch_logits, sequence):
-    """Whether the events of a clip follow each other in the given order: 1.0 or 0.0; NaN with fewer than two patches.
-
-    The time of an event is the mean time of the patches, weighted by the probability of its most probable class. A
-    class that several events share does not count, unless an event has no other.
+def event_probabilities(patch_logits, sequence):
+    """Probability of each event in each patch: that of its most probable class. A class that several events share does
+    not count, unless an event has no other.
 
     Args:
         patch_logits (`np.ndarray` of shape `(num_patches, num_classes)`): in the order of time.
         sequence (`list[set[int]]`): the classes of each event.
+
+    Returns:
+        Array of shape `(num_events, num_patches)`.
+    """
+    probabilities = expit(np.asarray(patch_logits, np.float64))
+    return np.stack([probabilities[:, sorted(own)].max(1) for own in own_classes(sequence)])
+
+
+def own_classes(sequence):
+    """The classes of each event that no other event has, or all of its classes where every one is shared."""
+    return [
+        classes - set().union(*sequence[:number], *sequence[number + 1 :]) or classes
+        for number, classes in enumerate(sequence)
+    ]
+
+
+def in_sequence(patch_logits, sequence):
+    """Whether the events of a clip follow each other in the given order: 1.0 or 0.0; NaN with fewer than two patches.
+
+    The time of an event is the mean time of the patches, weighted by `event_probabilities`, whose arguments these are.
     """
     if len(patch_logits) < 2:
         return math.nan
-    probabilities = expit(np.asarray(patch_logits, np.float64))
-    times = []
-    for number, classes in enumerate(sequence):
-        own = classes - set().union(*sequence[:number], *sequence[number + 1 :]) or classes
-        weights = probabilities[:, sorted(own)].max(1)  # (num_patches,)
-        times.append(weights @ np.arange(len(weights)) / weights.sum())
-    return float(all(earlier < later for earlier, later in zip(times, times[1:])))
+    weights = event_probabilities(patch_logits, sequence)
+    times = weights @ np.arange(weights.shape[1]) / weights.sum(1)
+    return float((np.diff(times) > 0).all())
+
+
+def begin_in_sequence(patch_logits, sequence):
+    """Whether the events of a clip begin in the given order: 1.0 or 0.0; NaN with fewer than two patches.
+
+    An event begins in the first patch with at least half of its largest probability in the clip. Where events begin in
+    the same patch the value is the probability that they are in order by chance, so that the mean over clips without
+    any order is 1 / n! for n events.
+
+    Args: as of `event_probabilities`.
+    """
+    if len(patch_logits) < 2:
+        return math.nan
+    probabilities = event_probabilities(patch_logits, sequence)
+    begins = np.argmax(probabilities >= 0.5 * probabilities.max(1, keepdims=True), axis=1)  # (num_events,)
+    if (np.diff(begins) < 0).any():
+        return 0.0
+    _, counts = np.unique(begins, return_counts=True)
+    return float(1 / np.prod([math.factorial(count) for count in counts]))
+
+
+def event_scores(logits, patch_logits, sequence):
+    """How well the events of a clip are heard, and how far they are in order: continuous, to rank clips by.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_classes,)`): of the clip.
+        patch_logits, sequence: as of `event_probabilities`; `patch_logits` may be None.
+
+    Returns:
+        `(heard, order)`: the log-probability of each event in the clip, `(num_events,)`; and the probability that a
+        moment of each event precedes one of the next, the moments drawn by `event_probabilities`: the mean over
+        consecutive events, 0.5 without any order; None without two events and two patches.
+    """
+    heard = np.array([log_expit(np.float64(max(logits[i] for i in own))) for own in own_classes(sequence)])
+    if patch_logits is None or len(patch_logits) < 2 or len(sequence) < 2:
+        return heard, None
+    shares = event_probabilities(patch_logits, sequence)
+    shares /= shares.sum(1, keepdims=True)
+    # before the patch, and half of the patch itself
+    before = np.cumsum(shares, 1) - 0.5 * shares
+    return heard, float(np.mean([(earlier * later).sum() for earlier, later in zip(before, shares[1:])]))
 
 
 # One set

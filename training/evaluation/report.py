@@ -23,6 +23,8 @@ METRICS = {
     "sequence_recall": ("All events heard", True, 3),
     "order": ("In order", True, 3),
     "order_heard": ("In order where all are heard", True, 3),
+    "begin_order": ("Begin in order", True, 3),
+    "begin_order_heard": ("Begin in order where all are heard", True, 3),
 }
 # metrics that depend on the number of distinct clips, of which a resample has fewer: their intervals are centred
 CENTRED = {"frechet", "inception"}
@@ -128,8 +130,8 @@ def describe_run(
     if any(row["metric"] == "sequence_recall" for row in results):
         lines += [
             "- Of prompts that name several events: the share of the sounds in which each event is among the "
-            f"{settings.recall_k} most probable classes, and in which the events follow each other in the order of "
-            "the prompt, by the mean times of their class probabilities."
+            f"{settings.recall_k} most probable classes. Of those that name an order: the share in which the events "
+            "are in it, by the mean times of their class probabilities, and by when these reach half of their peaks."
         ]
     if any(row["seconds_per_clip"] for row in results):
         devices = ", ".join(sorted({each for system in systems for each in system.devices}))
