@@ -771,7 +771,7 @@ def lock_folder(stack, state, folder):
 
 def overall_bar(num_sounds, is_hidden):
     """The progress bar of a list of prompts: sounds done, of how many, and the time left."""
-    from huggingface_hub.utils import tqdm
+    from tqdm import tqdm
 
     return tqdm(total=num_sounds, desc="sounds", unit="sound", leave=False, disable=is_hidden or num_sounds < 2)
 
