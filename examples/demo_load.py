@@ -42,7 +42,8 @@ def make(client, prompt, seed, args):
 def load(url, process, args):
     """How many sounds were right, lost, and mixed up with another client's or settings."""
     with tempfile.TemporaryDirectory() as folder:
-        clients = [Client(url, verbose=False, download_files=folder) for _ in range(args.clients)]
+        options = {"verbose": False, "download_files": folder, "httpx_kwargs": {"timeout": 60}}
+        clients = [Client(url, **options) for _ in range(args.clients)]
         prompts = [PROMPTS[i % len(PROMPTS)] + "!" * (i // len(PROMPTS)) for i in range(args.clients)]
         expected = {(prompt, seed): make(clients[0], prompt, seed, args)[0] for prompt in prompts for seed in SEEDS}
         memory = psutil.Process(process).memory_info

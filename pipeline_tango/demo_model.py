@@ -22,7 +22,7 @@ from .__main__ import (
     plan_sounds,
     read_model_defaults,
 )
-from .presets import attends_in_blocks, choose_dtypes, fast_settings, most_steps
+from .presets import choose_dtypes, choose_kernels, fast_settings, most_steps
 from .sound_files import AudioFileError, open_sound
 
 
@@ -248,6 +248,7 @@ class DemoModel:
             for name, value in fast_settings(args.source).items() if args.fast and student is None else ():
                 if getattr(args, name) is None:
                     setattr(args, name, value)
+            args.kernels = choose_kernels(dtypes, device)[0] if args.fast else ()
             self.load(args, device, dtypes)
         except CommandError as error:
             raise DemoError(str(error)) from error
@@ -352,12 +353,12 @@ class DemoModel:
         default = dtypes["vae"]
         others = {"default": default} | {name: dtype for name, dtype in dtypes.items() if dtype != default}
         dtype = ", ".join(f'"{name}": {value}' for name, value in others.items())
-        blocked = args.fast and attends_in_blocks({"default": default, **dtypes}, device)
         names = ["SCHEDULERS"] * bool(args.scheduler) + ["TANGO_TINY"] * (args.model == TANGO_TINY)
         names += ["TANGO_TINY_STUDENT"] * bool(args.student)
-        names += ["BlockedAttnProcessor"] * blocked + ["TangoPipeline"]
+        names.append("TangoPipeline")
         model = "TANGO_TINY" if args.model == TANGO_TINY else quoted(short_name(args.model))
         lines = ["import torch", f"from pipeline_tango import {', '.join(sorted(names))}"]
+        lines += ["from pipeline_tango.kernels import use_kernels"] * bool(args.kernels)
         lines += ["from pipeline_tango.sound_files import read_audio"] * bool(request.audio)
         lines += ["from scipy.io import wavfile", ""]
         lines += [f"pipe = TangoPipeline.from_pretrained({model}, dtype={{{dtype}}})", f'pipe.to("{device}")']
@@ -370,8 +371,8 @@ class DemoModel:
             lines.append(f'pipe.scheduler = SCHEDULERS["{args.scheduler}"].from_config(pipe.scheduler.config)')
         if args.deep_cache is not None:
             lines.append(f"pipe.enable_deep_cache(interval={args.deep_cache})")
-        if blocked:
-            lines.append("pipe.unet.set_attn_processor(BlockedAttnProcessor())")
+        if args.kernels:
+            lines.append(f"use_kernels(pipe, {quoted(args.kernels)})")
         if request.audio:
             lines.append(f"samples, sampling_rate = read_audio({quoted(Path(request.audio).name)})")
         options = {
@@ -542,7 +543,7 @@ def quoted(value):
     if isinstance(value, list):
         return f"[{', '.join(map(quoted, value))}]"
     if isinstance(value, tuple):
-        return f"({', '.join(map(quoted, value))})"
+        return f"({', '.join(map(quoted, value))}{',' * (len(value) == 1)})"
     return repr(value)
 
 

@@ -53,7 +53,7 @@ def served(tiny_folder, tmp_path_factory):
 def client(served, tmp_path):
     from gradio_client import Client
 
-    return Client(served.url, verbose=False, download_files=tmp_path)
+    return Client(served.url, verbose=False, download_files=tmp_path, httpx_kwargs={"timeout": 60})
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_errors_are_sentences_for_programs_too(client, recording, tmp_path):
 def test_stop_ends_what_the_client_runs_and_nothing_else(served, client):
     from gradio_client import Client
 
-    other = Client(served.url, verbose=False)
+    other = Client(served.url, verbose=False, httpx_kwargs={"timeout": 60})
     assert client.predict(api_name="/stop") == "Nothing runs."
     job = client.submit("rain", seconds=0.3, steps=900, quality="full", api_name="/text_to_audio")
     try:
@@ -165,7 +165,7 @@ def test_stop_ends_what_the_client_runs_and_nothing_else(served, client):
 def test_others_wait_with_their_place_and_too_many_are_refused(served, client):
     from gradio_client import Client
 
-    other = Client(served.url, verbose=False)
+    other = Client(served.url, verbose=False, httpx_kwargs={"timeout": 60})
     job = client.submit("rain", seconds=0.3, steps=900, quality="full", api_name="/text_to_audio")
     try:
         wait_for_a_step(job)
@@ -510,7 +510,12 @@ def test_a_phone_shows_every_tab_and_both_themes_are_readable(served, person):
             back = person.run(channels.format("document.querySelector('#text-prompt textarea')", "backgroundColor"))
             assert contrast(text, back) > 7
             text = person.run(channels.format("document.querySelector('#text-prompt label span')", "color"))
-            back = person.run(channels.format("document.body", "backgroundColor"))
+            back = person.run(
+                "(() => { let each = document.querySelector('#text-prompt label span'), color;"
+                "do { each = each.parentElement; color = getComputedStyle(each).backgroundColor; }"
+                "while (color === 'rgba(0, 0, 0, 0)' && each.parentElement);"
+                "return color.match(/[\\d.]+/g).slice(0, 3).map(Number); })()"
+            )
             assert contrast(text, back) > 4.5, (theme, text, back)
             assert (luminance(back) < 0.2) == (theme == "dark")
     finally:

@@ -44,7 +44,17 @@ INFERENCE |= {
     "original_hub": {"original"},
     "converted": {"json_files", "original", "original_hub"},
 }
-RUNTIME = {"accelerate", "diffusers", "huggingface_hub", "numpy", "safetensors", "scipy", "torch", "transformers"}
+RUNTIME = {
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "numpy",
+    "safetensors",
+    "scipy",
+    "torch",
+    "tqdm",
+    "transformers",
+}
 BEHIND_EXTRAS = {"gradio", "matplotlib", "torch_xla", "soundfile"}
 
 
@@ -141,7 +151,10 @@ def test_runtime_requirements_have_no_upper_pins_and_match_the_imports():
     config.read(ROOT / "setup.cfg")
     requirements = config["options"]["install_requires"].split()
     assert not [line for line in requirements if "<" in line or "==" in line or "~" in line]
-    assert {line.split(">=")[0] for line in requirements} == RUNTIME - {"numpy"}  # torch and scipy bring numpy
+    assert {line.split(">=")[0] for line in requirements} == RUNTIME - {
+        "numpy",
+        "tqdm",
+    }  # which scipy and diffusers bring
 
 
 def test_importing_prints_nothing_and_needs_no_optional_library():
