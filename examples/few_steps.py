@@ -55,8 +55,9 @@ def make_sounds(output, seed, rounds):
                 generators = [torch.Generator().manual_seed(each) for each in seeds]
                 texts = [row["caption"] for row in rows]
                 audios = pipes[system](texts, num_inference_steps=steps, generator=generators).audios
+                sampling_rate = pipes[system].vocoder.config.sampling_rate
                 for row, audio in zip(rows, audios):
-                    wavfile.write(folder / f"{row['id']}-{take}.wav", pipes[system].vocoder.config.sampling_rate, audio)
+                    wavfile.write(folder / f"{row['id']}-{take}.wav", sampling_rate, audio)
                 bar.update(len(rows))
     bar.close()
     seconds = {f"{system}-{steps}": [] for system, steps in variants}
