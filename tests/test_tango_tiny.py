@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from pipeline_tango import SCHEDULERS, TANGO_TINY, TangoPipeline, log_mel_spectrogram
+from pipeline_tango import SCHEDULERS, TANGO_TINY, TANGO_TINY_STUDENT, TangoPipeline, log_mel_spectrogram
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,25 @@ def test_rain_is_louder_in_the_high_bands_than_thunder(pipe):
         statistics(np.concatenate(make(pipe, prompt, num_seeds=NUM_SEEDS)))[:64] for prompt in ("rain", "thunder")
     )
     assert rain[40:].mean() > thunder[40:].mean()
+
+
+def test_the_student_goes_where_the_teacher_goes(pipe):
+    """From the same noise its 4, 2 and 1 steps end nearer to the teacher's 20 than the teacher's own few steps."""
+    student = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32)
+    student.merge_lora_weights(TANGO_TINY_STUDENT)
+    student.set_progress_bar_config(disable=True)
+    prompts = ["rain and thunder", "birds singing", "a ship bell ringing"]
+    goal = make(pipe, *prompts, output_type="latent")
+    for num_steps in (4, 2, 1):
+        sounds = [make(each, *prompts, output_type="latent", num_inference_steps=num_steps) for each in (student, pipe)]
+        errors = [float((each - goal).square().mean()) for each in sounds]
+        assert errors[0] < 0.7 * errors[1], (num_steps, errors)
+
+
+def test_the_student_is_small():
+    files = list(Path(TANGO_TINY_STUDENT).iterdir())
+    assert {file.name for file in files} == {"README.md", "pytorch_lora_weights.safetensors"}
+    assert sum(file.stat().st_size for file in files) < 6e6
 
 
 def test_the_checkpoint_is_small_and_its_card_says_where_it_comes_from():
