@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -74,6 +73,7 @@ def test_a_data_set_with_both_sounds_in_a_row_is_read(tmp_path):
         "winner": [{"array": each, "sampling_rate": RATE} for each in sounds[:2]],
         "loser": [{"array": each, "sampling_rate": RATE} for each in sounds[2:]],
     }
+    datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
     found = read_pairs(sources(dataset_name=tmp_path / "set", columns=("winner", "loser")))["train"]
     assert len({clip.path for each in found for clip in each}) == 4
