@@ -317,6 +317,7 @@ def test_noise_levels_are_those_of_the_scheduler(pipe):
         (["--student_steps", 1, 2], "--student_steps have to descend"),
         (["--endpoint=phases", "--num_grid_steps=50"], "--num_phases has to divide --num_grid_steps"),
         (["--use_dora"], "--use_dora needs --lora_rank"),
+        (["--prompts=nowhere.txt"], "--prompts: there is no file nowhere.txt"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(arguments, capsys, flags, message):

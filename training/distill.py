@@ -201,6 +201,8 @@ def parse_args(argv=None):
     if sum(map(bool, (args.train_manifest, args.dataset_name, args.prompts))) != 1:
         parser.error("give one of --train_manifest, --dataset_name and --prompts")
     check_numbers(parser, args)
+    if args.prompts and not Path(args.prompts).is_file():
+        parser.error(f"--prompts: there is no file {args.prompts}")
     if args.guidance_scale and len(args.guidance_scale) > 2:
         parser.error("--guidance_scale takes one scale, or the two ends of a range")
     if args.guidance_scale and len(args.guidance_scale) == 2 and args.lora_rank:
