@@ -107,8 +107,3 @@ def choose_kernels(dtypes, device, num_sounds=1, is_large=False):
 def find_compiler():
     """Whether there is a C++ compiler, without which torch cannot compile for a CPU."""
     return any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
-def attends_in_blocks(dtypes, device):
-    """Whether `--fast` sets [`BlockedAttnProcessor`]."""
-    return "blocked-attention" in choose_kernels(dtypes, device)[0]

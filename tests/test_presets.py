@@ -8,7 +8,6 @@ from pipeline_tango.presets import (
     FAST,
     KERNELS,
     SCHEDULER_NAMES,
-    attends_in_blocks,
     choose_dtypes,
     choose_kernels,
     fast_settings,
@@ -66,7 +65,7 @@ def test_kernels_follow_from_the_processor(machine):
         assert reason == f"{kind} in bfloat16" and set(chosen[kind]) <= set(KERNELS)
         assert choose_kernels(FLOAT32, "cpu") == ((), f"{kind} in float32")
         assert choose_kernels(BFLOAT16, "cuda") == ((), "cuda in bfloat16")
-        assert attends_in_blocks(BFLOAT16, "cpu") == (kind != "amx") and not attends_in_blocks(FLOAT32, "cpu")
+        assert ("blocked-attention" in chosen[kind]) == (kind != "amx")
     assert "blocked-attention" in chosen["avx512_bf16"] and "blocked-attention" not in chosen["amx"]
     assert {"channels-last-vae", "conv2d-vocoder"} <= set(chosen["amx"])
     assert all(not name.endswith("-unet") for names in chosen.values() for name in names)
