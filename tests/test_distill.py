@@ -48,6 +48,7 @@ def arguments(short_folder, tmp_path):
             f"--output_dir={tmp_path / output_dir}",
             f"--cache_dir={tmp_path / 'cache'}",
             "--num_teacher_steps=4",
+            "--teacher_scheduler=dpm++",
             "--train_batch_size=2",
             "--num_workers=0",
             "--learning_rate=1e-3",
@@ -317,6 +318,7 @@ def test_noise_levels_are_those_of_the_scheduler(pipe):
         (["--student_steps", 1, 2], "--student_steps have to descend"),
         (["--endpoint=phases", "--num_grid_steps=50"], "--num_phases has to divide --num_grid_steps"),
         (["--use_dora"], "--use_dora needs --lora_rank"),
+        (["--validation_manifest=x.jsonl"], "--validation_manifest goes with sounds to train on"),
         (["--prompts=nowhere.txt"], "--prompts: there is no file nowhere.txt"),
     ],
 )
@@ -333,8 +335,10 @@ def test_trajectories_need_prompts(arguments, capsys):
 
 
 def test_prompts_are_lines_or_captions(tmp_path):
-    (tmp_path / "a.txt").write_text("rain\n\n  thunder \n")
+    (tmp_path / "a.txt").write_text("rain\n\n  thunder \n# a comment\n")
     assert read_prompts(tmp_path / "a.txt") == ["rain", "thunder"]
+    (tmp_path / "a.csv").write_text('id,caption\n1,rain\n2,"thunder, far away"\n')
+    assert read_prompts(tmp_path / "a.csv") == ["rain", "thunder, far away"]
     (tmp_path / "a.jsonl").write_text('{"captions": ["rain", "it rains"]}\n{"captions": "dog"}\n')
     assert read_prompts(tmp_path / "a.jsonl") == ["rain", "it rains", "dog"]
     (tmp_path / "empty.txt").write_text("\n")
@@ -343,6 +347,35 @@ def test_prompts_are_lines_or_captions(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 1"):
         read_prompts(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler", "lcm"])
+def test_trajectories_need_an_ode(arguments, capsys, tmp_path, scheduler):
+    """With noise in the steps the ends of a trajectory say nothing of its beginning."""
+    assert main(arguments("run", f"--teacher_scheduler={scheduler}", "--max_train_steps=1")) == 1
+    assert "give --teacher_scheduler, one of ddim, dpm++, unipc" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_more_steps_than_the_teacher_has_are_refused_before_it_samples(arguments, capsys, tmp_path):
+    assert main(arguments("run", "--student_steps", 8, "--max_train_steps=1")) == 1
+    assert "`num_student_steps` has to be between 1 and 4" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_validation_sounds_are_sampled_in_the_steps_that_the_student_learns(arguments, monkeypatch):
+    calls = []
+    monkeypatch.setattr("training.distill.make_sounds", lambda *args, **options: calls.append(options))
+    flags = ("--lora_rank=2", "--max_train_steps=1", "--student_steps", 2, 1, "--validation_prompts", "rain")
+    assert main(arguments("run", *flags)) == 0
+    (options,) = calls
+    assert options["num_inference_steps"] == 2 and len(options["timesteps"]) == 2
+
+
+def test_points_are_kept_for_trajectories_only(arguments, tmp_path):
+    assert main(arguments("run", "--lora_rank=2", "--max_train_steps=1", "--objective=consistency")) == 0
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == len(PROMPTS) and all("points" not in load_file(file) for file in files)
 
 
 def test_a_student_is_no_teacher(short_folder, arguments, tmp_path, capsys):

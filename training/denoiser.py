@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file, save_file
 from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
@@ -197,6 +198,18 @@ def build_optimizer(args, parameters):
     except ImportError as error:
         raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def build_lr_scheduler(args, optimizer, num_steps):
+    """The schedule of the learning rate over so many optimizer steps."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
 
 
 def log_memory(args, accelerator, pipe, parameters):

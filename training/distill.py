@@ -15,13 +15,12 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
-from pipeline_tango import TangoPipeline
+from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
 from pipeline_tango.mel import NUM_MEL_BINS
-from pipeline_tango.student import check_student, student_scheduler
+from pipeline_tango.student import check_student, student_scheduler, timesteps_of_call
 
 from .arguments import (
     add_checkpoint_arguments,
@@ -29,6 +28,7 @@ from .arguments import (
     add_ema_arguments,
     add_lora_arguments,
     add_optimisation_arguments,
+    add_optimizer_arguments,
     add_precision_arguments,
     add_push_arguments,
     add_report_arguments,
@@ -53,9 +53,19 @@ from .consistency import (
     step_target,
     student_timesteps,
 )
-from .data import CAPTION_COLUMNS, Clip, ClipDataset, as_captions, find_column, json_records, prepare_clips
+from .data import (
+    CAPTION_COLUMNS,
+    Clip,
+    ClipDataset,
+    as_captions,
+    csv_records,
+    find_column,
+    json_records,
+    prepare_clips,
+)
 from .denoiser import (
     adapters_off,
+    build_lr_scheduler,
     build_optimizer,
     checkpoint_trained_weights_only,
     log_memory,
@@ -65,7 +75,7 @@ from .denoiser import (
 )
 from .latents import CachedDataset, Encoders, LatentCache, cache_dataset, cache_key, fingerprint
 from .objective import check_scheduler, sample_noise
-from .results import make_sounds, push_result, save_result
+from .results import make_sounds, report_result, save_result
 from .run import (
     averaged,
     catch_sigterm,
@@ -95,6 +105,7 @@ LORA_TARGETS = (
     "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut downsamplers.0.conv "
     "upsamplers.0.conv time_emb_proj"
 ).split()
+ODE_SOLVERS = ("ddim", "dpm++", "unipc")  # without noise in their steps, on samples as the UNet reads them
 GUIDANCE_CHANNELS = 256  # of the embedding of a guidance scale that is fed to the UNet
 
 
@@ -104,6 +115,11 @@ def parse_args(argv=None):
     start.add_argument("--pretrained_model_name_or_path", required=True, help="diffusers folder or Hub repo")
     start.add_argument("--revision", help="revision of the Hub repo")
     start.add_argument("--variant", help="variant of its weights, for example fp16")
+    start.add_argument(
+        "--teacher_scheduler",
+        choices=list(SCHEDULERS),
+        help="samples from --prompts (default: the model's own); for trajectories one of " + ", ".join(ODE_SOLVERS),
+    )
 
     data = add_data_arguments(parser, "captioned sounds, or prompts alone, for which the teacher makes the latents")
     data.add_argument("--prompts", help="text file of prompts, one a line, or JSON lines with captions")
@@ -178,8 +194,7 @@ def parse_args(argv=None):
 
     steps = add_optimisation_arguments(parser)
     steps.set_defaults(learning_rate=1e-4, lr_scheduler="constant_with_warmup")
-    steps.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
-    steps.add_argument("--fused_adam", action="store_true", help="fused kernel of AdamW")
+    add_optimizer_arguments(steps)
 
     add_checkpoint_arguments(parser)
 
@@ -192,7 +207,7 @@ def parse_args(argv=None):
         "--num_validation_inference_steps",
         type=COUNT,
         default=4,
-        help="steps of these sounds, and the student's default",
+        help="steps of these sounds, and the student's default; with `trajectory` the first of --student_steps",
     )
 
     add_push_arguments(add_report_arguments(parser))
@@ -203,6 +218,8 @@ def parse_args(argv=None):
     check_numbers(parser, args)
     if args.prompts and not Path(args.prompts).is_file():
         parser.error(f"--prompts: there is no file {args.prompts}")
+    if args.prompts and args.validation_manifest:
+        parser.error("--validation_manifest goes with sounds to train on, not with --prompts: leave it out")
     if args.guidance_scale and len(args.guidance_scale) > 2:
         parser.error("--guidance_scale takes one scale, or the two ends of a range")
     if args.guidance_scale and len(args.guidance_scale) == 2 and args.lora_rank:
@@ -232,7 +249,7 @@ def load_pipeline(args, weight_dtype):
     """The teacher's pipeline, with what the flags leave open set from its config.
 
     Raises:
-        ValueError: if it is a student already.
+        ValueError: if it is a student already, or has no trajectories to follow.
     """
     pipe = TangoPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -244,8 +261,12 @@ def load_pipeline(args, weight_dtype):
             "default": torch.float32,
         },
     )
-    if pipe.unet.config.time_cond_proj_dim is not None:
+    if pipe.student is not None or pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("`pretrained_model_name_or_path` has to be a teacher: this UNet is distilled already")
+    if args.teacher_scheduler:
+        pipe.scheduler = SCHEDULERS[args.teacher_scheduler].from_config(pipe.scheduler.config)
+    if args.objective == "trajectory":
+        check_solver(pipe.scheduler)
     if args.guidance_scale is None:
         args.guidance_scale = [float(pipe.config.default_guidance_scale)]
     if args.num_teacher_steps is None:
@@ -257,6 +278,21 @@ def load_pipeline(args, weight_dtype):
     if args.audio_length_in_s:
         pipe.register_to_config(default_audio_length_in_s=args.audio_length_in_s)
     return pipe
+
+
+def check_solver(scheduler):
+    """The teacher's sampling follows its ODE: with noise in the steps there is nothing for a student to learn.
+
+    Raises:
+        ValueError: if `scheduler` does not.
+    """
+    is_stochastic = scheduler.config.get("algorithm_type", "").startswith("sde")
+    if not isinstance(scheduler, tuple(SCHEDULERS[name] for name in ODE_SOLVERS)) or is_stochastic:
+        raise ValueError(
+            f"--objective trajectory follows the teacher's ODE, which {type(scheduler).__name__} does not"
+            f"{' by this `algorithm_type`' if is_stochastic else ''}: give --teacher_scheduler, one of "
+            f"{', '.join(ODE_SOLVERS)}, and --num_teacher_steps, such as 25"
+        )
 
 
 def with_guidance_input(unet):
@@ -319,17 +355,19 @@ def embed_guidance(guidance_scale, num_channels):
 
 
 def read_prompts(path, caption_column=None):
-    """Prompts of a text file, one a line, or of JSON lines.
+    """Prompts of a text file, one a line but for comments (`#`), of JSON lines, or of CSV.
 
     Raises:
         ValueError: naming file and line.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        prompts = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    readers = {".json": json_records, ".jsonl": json_records, ".csv": csv_records}
+    prompts = []
+    if path.suffix.lower() not in readers:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        prompts = [line for line in lines if not line.startswith("#")]
     else:
-        prompts = []
-        for number, record in json_records(path):
+        for number, record in readers[path.suffix.lower()](path):
             try:
                 prompts += as_captions(record[find_column(record, caption_column, CAPTION_COLUMNS)])
             except ValueError as error:
@@ -375,8 +413,9 @@ def sample_trajectories(args, pipe, prompts, noise):
 
 
 def teacher_dataset(args, accelerator, pipe, encoders, folder):
-    """Latents that the teacher makes for prompts, each process a share of those that the cache in `folder` lacks, as a
-    data set that reads the cache."""
+    """Latents that the teacher makes for prompts, and with `trajectory` the `points` on the way there, each process a
+    share of those that the cache in `folder` lacks, as a data set that reads the cache."""
+    extras = ("points",) if args.objective == "trajectory" else ()
     prompts = read_prompts(args.prompts, args.caption_column)
     prompts = [prompt for prompt in prompts for _ in range(args.num_takes)]
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
@@ -388,6 +427,7 @@ def teacher_dataset(args, accelerator, pipe, encoders, folder):
         "guidance": [args.guidance_scale, args.guidance_interval],
         "audio_length_in_s": pipe.config.default_audio_length_in_s,
         "seed": args.seed,
+        "extras": extras,
     }
     cache = LatentCache(folder)
     keys = [cache_key(prompt.encode(), settings | {"position": i}) for i, prompt in enumerate(prompts)]
@@ -406,21 +446,14 @@ def teacher_dataset(args, accelerator, pipe, encoders, folder):
         for i, each in zip(batch, points):
             mean = each[-1].float() / pipe.vae.config.scaling_factor
             moments = torch.cat([mean, torch.full_like(mean, -30.0)])  # log-variance of a posterior without spread
-            cache.put(keys[i], {"moments": moments, "points": each, "text_states.0": encoders.states_of(prompts[i])})
+            points_of_clip = dict.fromkeys(extras, each)
+            cache.put(keys[i], {"moments": moments, "text_states.0": encoders.states_of(prompts[i])} | points_of_clip)
         bar.update(len(batch))
     bar.close()
     accelerator.wait_for_everyone()
     encoders.keep_empty_states()
     clips = [Clip(f"the latents of prompt {i + 1}", (prompt,)) for i, prompt in enumerate(prompts)]
-    return TrajectoryDataset(clips, cache, keys, args.seed)
-
-
-class TrajectoryDataset(CachedDataset):
-    """Prompts with what a `LatentCache` holds of the teacher's sampling for them: `points` beside the latents."""
-
-    def __getitem__(self, key):
-        item = super().__getitem__(key)
-        return item | {"points": self.cache.get(self.keys[key[1]])["points"]}
+    return CachedDataset(clips, cache, keys, args.seed, extras)
 
 
 # Training
@@ -519,8 +552,9 @@ class Distillation:
 
 
 @torch.no_grad()
-def validate(accelerator, distillation, model, averages, encoders, dataset):
-    """Mean loss over clips, with the same draws every time."""
+def validate(accelerator, distillation, model, encoders, dataset):
+    """Mean loss over clips, with the same draws every time. The weights of the targets are the student's."""
+    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     rounds = range(math.ceil(len(dataset) / accelerator.num_processes))
     for position in tqdm(rounds, desc="validation", leave=False, disable=not accelerator.is_local_main_process):
@@ -535,10 +569,9 @@ def validate(accelerator, distillation, model, averages, encoders, dataset):
         noise = sample_noise(latents.shape, generators, latents.device)
         draws = distillation.draw(generators, latents.device)
         with accelerator.autocast():
-            losses = distillation.losses(model, averages, latents, text, mask, noise, *draws)
-        total += weight * torch.stack(
-            [losses.double().mean(), torch.ones((), dtype=torch.float64, device=losses.device)]
-        )
+            losses = distillation.losses(model, contextlib.nullcontext, latents, text, mask, noise, *draws)
+        total += weight * torch.stack([losses.double().mean(), total.new_ones(())])
+    model.train()
     total = accelerator.reduce(total, reduction="sum")
     return float(total[0] / total[1])
 
@@ -553,7 +586,13 @@ def describe_student(args, timesteps=None):
     if args.objective == "trajectory":
         return {
             "scheduler": "dpm++",
-            "scheduler_options": {"solver_order": 1, "use_karras_sigmas": False},  # DDIM's steps
+            # DDIM's steps, whatever the pipeline's own scheduler says
+            "scheduler_options": {
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 1,
+                "final_sigmas_type": "zero",
+                "use_karras_sigmas": False,
+            },
             "num_inference_steps": args.student_steps[0],
             "guidance_scale": low,
             "timesteps": {str(number): each for number, each in timesteps.items()},
@@ -580,6 +619,10 @@ def distill(args):
     pipe = load_pipeline(args, weight_dtype)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     check_scheduler(scheduler)
+    trajectories = None
+    if args.objective == "trajectory":
+        trajectories = Trajectories(args, scheduler, teacher_timesteps(args, pipe.scheduler))
+    student = check_student(describe_student(args, trajectories and trajectories.timesteps))
     encoders = Encoders(pipe, device)
     pipe.to(device)
     pipe.unet.eval()
@@ -602,13 +645,9 @@ def distill(args):
         if args.cache_dir:
             dataset = cache_dataset(accelerator, encoders, dataset, args.cache_dir)
     empty_states, empty_mask = encoders.text_of([""])
-    trajectories = None
-    if args.objective == "trajectory":
-        trajectories = Trajectories(args, scheduler, teacher_timesteps(args, pipe.scheduler))
-    student = check_student(describe_student(args, trajectories and trajectories.timesteps))
 
     teacher_unet = pipe.unet
-    if not args.lora_rank:
+    if not args.lora_rank and trajectories is None:  # else the UNet is its own teacher, or has done its part
         teacher_unet = copy.deepcopy(pipe.unet).to(device, weight_dtype).requires_grad_(False)
         if len(args.guidance_scale) == 2:
             pipe.register_modules(unet=with_guidance_input(pipe.unet))
@@ -629,9 +668,7 @@ def distill(args):
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_steps = args.max_train_steps or math.ceil(len(clips) * args.num_train_epochs / step_size)
     optimizer = build_optimizer(args, trained_parameters(model))
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps
-    )
+    lr_scheduler = build_lr_scheduler(args, optimizer, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = trained_parameters(model)
     accelerator.register_for_checkpointing(lr_scheduler)  # stepped by hand, once for each optimizer step
@@ -730,19 +767,19 @@ def distill(args):
         if step % args.validation_steps == 0 or step == num_steps:
             with averaged(ema or target_ema, parameters):
                 if validation_dataset:
-                    loss = validate(
-                        accelerator, distillation, model, contextlib.nullcontext, encoders, validation_dataset
-                    )
+                    loss = validate(accelerator, distillation, model, encoders, validation_dataset)
                     log.write(step, validation_loss=loss)
                     logger.info(f"step {step}: validation loss {loss:.5f}")
                 if args.validation_prompts and accelerator.is_main_process:
+                    sampler, number = student_scheduler(student, pipe.scheduler), student["num_inference_steps"]
                     make_sounds(
                         args,
                         accelerator,
                         pipe,
                         step,
-                        student_scheduler(student, pipe.scheduler),
-                        num_inference_steps=args.num_validation_inference_steps,
+                        sampler,
+                        num_inference_steps=number,
+                        timesteps=timesteps_of_call(student, sampler, number),
                         guidance_scale=mean_guidance(args) if isinstance(student["guidance_scale"], list) else 1.0,
                     )
             accelerator.wait_for_everyone()
@@ -768,11 +805,7 @@ def distill(args):
             parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
     made = "A student of few steps, distilled with `training.distill`"
     save_result(args, accelerator, pipe, model, name, summary, made, ["few-step"], student)
-    if accelerator.is_main_process:
-        for key, value in summary.items():
-            logger.info(f"{key}: {value}")
-        if args.push_to_hub:
-            push_result(output_dir / name, args.hub_model_id or output_dir.resolve().name, args.private)
+    report_result(args, accelerator, name, summary)
     return end(accelerator)
 
 

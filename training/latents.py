@@ -210,11 +210,11 @@ def cache_dataset(accelerator, encoders, dataset, folder):
 
 
 class CachedDataset(Dataset):
-    """Clips as a `LatentCache` holds them: posterior moments instead of waveforms and, unless the text encoder
-    trains, text states beside captions."""
+    """Clips as a `LatentCache` holds them: posterior moments instead of waveforms, unless the text encoder trains text
+    states beside captions, and further tensors by the names `extras`."""
 
-    def __init__(self, clips, cache, keys, seed):
-        self.clips, self.cache, self.keys, self.seed = clips, cache, keys, seed
+    def __init__(self, clips, cache, keys, seed, extras=()):
+        self.clips, self.cache, self.keys, self.seed, self.extras = clips, cache, keys, seed, extras
 
     def __len__(self):
         return len(self.clips)
@@ -232,4 +232,5 @@ class CachedDataset(Dataset):
             "text_states": tensors.get(f"text_states.{caption}"),
             "epoch": epoch,
             "index": index,
+            **{name: tensors[name] for name in self.extras},
         }

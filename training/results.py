@@ -80,6 +80,17 @@ def save_result(
         write_card(folder, args, metadata, about, code, summary, sounds)
 
 
+def report_result(args, accelerator, name, summary):
+    """Log the figures of a result, `output_dir/name`, and upload it where `--push_to_hub` asks for that."""
+    if not accelerator.is_main_process:
+        return
+    for key, value in summary.items():
+        logger.info(f"{key}: {value}")
+    if args.push_to_hub:
+        output_dir = Path(args.output_dir)
+        push_result(output_dir / name, args.hub_model_id or output_dir.resolve().name, args.private)
+
+
 def push_result(folder, repo_id, private):
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id

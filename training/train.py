@@ -13,7 +13,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from pipeline_tango import TangoPipeline
@@ -38,6 +37,7 @@ from .arguments import (
 from .batches import keyed_generator, step_loader
 from .data import ClipDataset, prepare_clips
 from .denoiser import (
+    build_lr_scheduler,
     build_optimizer,
     build_pipeline,
     checkpoint_trained_weights_only,
@@ -58,7 +58,7 @@ from .objective import (
     sample_noise,
     sample_timesteps,
 )
-from .results import make_sounds, push_result, save_result
+from .results import make_sounds, report_result, save_result
 from .run import (
     averaged,
     catch_sigterm,
@@ -299,14 +299,7 @@ def train(args):
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_steps = args.max_train_steps or math.ceil(len(train_clips) * args.num_train_epochs / step_size)
     optimizer = build_optimizer(args, trained_parameters(model))
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = build_lr_scheduler(args, optimizer, num_steps)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -432,11 +425,7 @@ def train(args):
     }
     name = "lora" if args.lora_rank else "model"
     save_result(args, accelerator, pipe, model, name, summary)
-    if accelerator.is_main_process:
-        for key, value in summary.items():
-            logger.info(f"{key}: {value}")
-        if args.push_to_hub:
-            push_result(output_dir / name, args.hub_model_id or output_dir.resolve().name, args.private)
+    report_result(args, accelerator, name, summary)
     return end(accelerator)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from diffusers.optimization import get_scheduler
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, Number
@@ -40,6 +39,7 @@ from .batches import keyed_generator, shared_indices, step_loader
 from .data import ClipDataset, ClipSources
 from .denoiser import (
     Reference,
+    build_lr_scheduler,
     build_optimizer,
     checkpoint_trained_weights_only,
     log_memory,
@@ -60,7 +60,7 @@ from .objective import (
     sample_timesteps,
 )
 from .pairs import PairDataset, encode_pairs, prepare_pairs
-from .results import make_sounds, push_result, save_result
+from .results import make_sounds, report_result, save_result
 from .run import (
     averaged,
     catch_sigterm,
@@ -311,14 +311,7 @@ def train(args):
     step_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_steps = args.max_train_steps or math.ceil(len(dataset) * args.num_train_epochs / step_size)
     optimizer = build_optimizer(args, trained_parameters(model))
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    lr_scheduler = build_lr_scheduler(args, optimizer, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = trained_parameters(model)
     accelerator.register_for_checkpointing(lr_scheduler)  # stepped by hand, once for each optimizer step
@@ -468,11 +461,7 @@ def train(args):
         "steps per second": f"{(step - first_step) / max(time.monotonic() - started, 1e-9):.3f}",
     }
     save_aligned(args, accelerator, pipe, model, name, summary)
-    if accelerator.is_main_process:
-        for key, value in summary.items():
-            logger.info(f"{key}: {value}")
-        if args.push_to_hub:
-            push_result(output_dir / name, args.hub_model_id or output_dir.resolve().name, args.private)
+    report_result(args, accelerator, name, summary)
     return end(accelerator)
 
 
