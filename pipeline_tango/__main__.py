@@ -620,8 +620,11 @@ def choose_student(args):
     there_is_one = args.model == TANGO_TINY and os.path.isdir(TANGO_TINY_STUDENT)
     if args.student and not there_is_one:
         raise CommandError("--student belongs to tango-tiny: other models become students by --lora")
-    student = TangoPipeline.lora_student(TANGO_TINY_STUDENT) if there_is_one else None
-    if args.student is None and args.fast and there_is_one:
+    may_use_it = args.fast if args.student is None else args.student
+    if not may_use_it or not there_is_one:
+        return None, ""
+    student = TangoPipeline.lora_student(TANGO_TINY_STUDENT)
+    if args.student is None:
         requests = [vars(args), *args.requests]
         asked = [name for name in ("lora", "scheduler", "guidance_interval", "deep_cache") if getattr(args, name)]
         asked += ["guidance" for each in requests if (each.get("guidance") or 0) > 1]
@@ -630,8 +633,6 @@ def choose_student(args):
         if asked:
             return None, f" without its student, because of --{asked[0]}"
         args.student = True
-    if not args.student:
-        return None, ""
     return student, " with its student"
 
 
