@@ -87,6 +87,8 @@ def test_sounds_made_in_another_way_are_never_mixed(measure, short_folder, recor
     assert {path.name for path in before} == {"00002-1.wav", "00004-1.wav"}
     measure(*flags, "--seed=1", "--num_takes=2", references=None, status=1)
     assert "were made with seed 0, not 1: give another folder" in capsys.readouterr().err
+    measure(*flags, "--seed=1", references=None, status=1)  # with no sound left to make
+    assert "were made with seed 0, not 1: give another folder" in capsys.readouterr().err
     prompts.write_text("# two sounds\nsnow\n\nwind\n")
     measure(*flags, references=None, status=1)
     assert "was made for 'rain', not 'snow'" in capsys.readouterr().err

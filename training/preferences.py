@@ -37,7 +37,6 @@ from .data import select_clips
 from .evaluation.generation import (
     GenerationSettings,
     check_schedulers,
-    check_settings,
     collect_sounds,
     generate,
     plan_sweep,
@@ -212,7 +211,6 @@ def make_preferences(args):
     )
     generation = GenerationSettings(**{each.name: getattr(args, each.name) for each in fields(GenerationSettings)})
     check_schedulers([system])
-    check_settings(system, generation)
     check_output_dir(output_dir, ("args.json", "pairs.jsonl", "scores.jsonl"))
     listener = load_listener(args.listener, getattr(args, f"{args.listener}_weights"), device)
     names = [each.name for each in fields(MetricSettings) if hasattr(args, each.name)]

@@ -119,6 +119,8 @@ def generate(systems, prompts, settings, state, device):
         return
     # a second run that knows nothing of this one would lose lines of the manifests
     with locked(systems[0].folder.parent) if state.is_main_process else nullcontext():
+        for system in systems:  # sounds of other settings would count as those asked for
+            check_settings(system, settings)
         missing = {system.name: find_missing(system, prompts, settings) for system in systems}
         state.wait_for_everyone()  # every process has looked before one writes
         for model in dict.fromkeys(system.model for system in systems):
