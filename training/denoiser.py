@@ -118,6 +118,21 @@ def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
     )
 
 
+def load_pretrained(args, weight_dtype, train_text_encoder=False):
+    """The pipeline that the flags name: `weight_dtype` where weights are large and stay frozen, else float32, which
+    costs the VAE little and the latents nothing."""
+    return TangoPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype={
+            "unet": weight_dtype if args.lora_rank else torch.float32,
+            "text_encoder": torch.float32 if train_text_encoder else weight_dtype,
+            "default": torch.float32,
+        },
+    )
+
+
 def set_schedule(pipe, prediction_type, rescale_betas_zero_snr):
     """Change what a pipeline's scheduler says of the training: its prediction type if one is given, and whether the
     last timestep is pure noise."""

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from tqdm import tqdm
 
-from pipeline_tango import SCHEDULERS, TangoPipeline
+from pipeline_tango import SCHEDULERS
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
 from pipeline_tango.mel import NUM_MEL_BINS
 from pipeline_tango.student import check_student, student_scheduler, timesteps_of_call
@@ -68,6 +68,7 @@ from .denoiser import (
     build_lr_scheduler,
     build_optimizer,
     checkpoint_trained_weights_only,
+    load_pretrained,
     log_memory,
     lora_config,
     prepare_denoiser,
@@ -251,16 +252,7 @@ def load_pipeline(args, weight_dtype):
     Raises:
         ValueError: if it is a student already, or has no trajectories to follow.
     """
-    pipe = TangoPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype={
-            "unet": weight_dtype if args.lora_rank else torch.float32,
-            "text_encoder": weight_dtype,
-            "default": torch.float32,
-        },
-    )
+    pipe = load_pretrained(args, weight_dtype)
     if pipe.student is not None or pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("`pretrained_model_name_or_path` has to be a teacher: this UNet is distilled already")
     if args.teacher_scheduler:

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from tqdm import tqdm
 
-from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import FRACTION, INDEX, NOT_NEGATIVE, POSITIVE
 
 from .arguments import (
@@ -41,6 +40,7 @@ from .denoiser import (
     build_optimizer,
     build_pipeline,
     checkpoint_trained_weights_only,
+    load_pretrained,
     log_memory,
     lora_config,
     prepare_denoiser,
@@ -184,19 +184,9 @@ def parse_args(argv=None):
 
 
 def load_pipeline(args, weight_dtype):
-    """The pipeline to start from, with the scheduler to save it with: `weight_dtype` where weights are large and stay
-    frozen, else float32, which costs the VAE little and the latents nothing."""
+    """The pipeline to start from, with the scheduler to save it with."""
     if args.pretrained_model_name_or_path:
-        pipe = TangoPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            dtype={
-                "unet": weight_dtype if args.lora_rank else torch.float32,
-                "text_encoder": torch.float32 if args.train_text_encoder else weight_dtype,
-                "default": torch.float32,
-            },
-        )
+        pipe = load_pretrained(args, weight_dtype, args.train_text_encoder)
     else:
         pipe = build_pipeline(args.unet_config, args.vae, args.vocoder, args.text_encoder, args.seed)
     set_schedule(pipe, args.prediction_type, args.rescale_betas_zero_snr)

@@ -16,7 +16,6 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from pipeline_tango import TangoPipeline
 from pipeline_tango.flags import FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, Number
 from pipeline_tango.student import STUDENT_KEY
 
@@ -42,6 +41,7 @@ from .denoiser import (
     build_lr_scheduler,
     build_optimizer,
     checkpoint_trained_weights_only,
+    load_pretrained,
     log_memory,
     lora_config,
     prepare_denoiser,
@@ -253,16 +253,7 @@ def train(args):
 
     # 1. Models
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = TangoPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype={
-            "unet": weight_dtype if args.lora_rank else torch.float32,
-            "text_encoder": weight_dtype,
-            "default": torch.float32,
-        },
-    )
+    pipe = load_pretrained(args, weight_dtype)
     if pipe.config.get(STUDENT_KEY) or pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError(
             f"`--pretrained_model_name_or_path`: {args.pretrained_model_name_or_path} is a student of few steps, "
