@@ -936,6 +936,15 @@ def stop(number, frame):
     raise KeyboardInterrupt(number)
 
 
+def release(interrupt):
+    """Release what an interruption left half constructed, such as a progress bar, silently: its destructor fails."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        interrupt.__traceback__ = interrupt.__context__ = None
+    finally:
+        sys.unraisablehook = hook
+
+
 def main(argv=None):
     """Run the command. Returns the exit status: 0, 1 (failed), 2 (invalid arguments), 130 (Ctrl-C) or 143
     (SIGTERM)."""
@@ -952,6 +961,7 @@ def main(argv=None):
     except SystemExit as exit:  # --help and --version
         return exit.code
     except KeyboardInterrupt as interrupt:
+        release(interrupt)
         say("stopped")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except Exception as error:  # whatever a library raises over a broken file is one line to the user

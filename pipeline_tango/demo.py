@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 
 from . import TANGO_TINY, __version__
-from .__main__ import CommandError, Parser, is_number, is_whole, say, stop
+from .__main__ import CommandError, Parser, is_number, is_whole, release, say, stop
 
 
 MEGABYTE = 2**20
@@ -133,7 +133,8 @@ def main(argv=None):
         before = signal.signal(signal.SIGTERM, stop)
     try:
         return serve(args)
-    except KeyboardInterrupt:  # Ctrl-C and SIGTERM
+    except KeyboardInterrupt as interrupt:  # Ctrl-C and SIGTERM
+        release(interrupt)
         say("stopped")
     finally:
         if before is not None:

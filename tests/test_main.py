@@ -1,4 +1,5 @@
 import csv
+import gc
 import json
 import os
 import re
@@ -544,6 +545,25 @@ def test_a_folder_is_locked_by_a_run_and_not_by_a_killed_one(tango, tmp_path, ca
     (tmp_path / "out" / ".tango.lock").write_text("process 1 on nowhere")  # as SIGKILL leaves it
     assert tango("--prompts", "list.txt", "-o", "out") == 0
     assert sorted(os.listdir("out")) == ["00001.wav", "manifest.jsonl"]
+
+
+def test_an_interrupted_constructor_leaves_no_traceback(tiny_folder, monkeypatch, capsys):
+    class Bar:
+        def __init__(self):
+            raise KeyboardInterrupt(15)
+
+        def __del__(self):
+            del self.position
+
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: unraisable.append(each.exc_type))
+    monkeypatch.setattr("pipeline_tango.__main__.make_sounds", lambda *_: Bar())
+    assert main(["rain", "--model", str(tiny_folder)]) == 143
+    assert capsys.readouterr().err == "stopped\n" and not unraisable
+    with pytest.raises(KeyboardInterrupt):
+        Bar()
+    gc.collect()
+    assert unraisable == [AttributeError]  # as it is elsewhere
 
 
 def test_sigterm_leaves_whole_sounds_only(tiny_folder, tmp_path):
