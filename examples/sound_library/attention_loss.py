@@ -24,8 +24,8 @@ class ObservedAttention:
             )
         )
         scores = (query @ key.transpose(2, 3)).float() * attn.scale
-        if attention_mask is not None:  # (batch * heads, 1, num_tokens), the same for all heads
-            scores = scores + attention_mask.unflatten(0, (len(query), -1))
+        if attention_mask is not None:
+            scores = scores + attention_mask[:, None]  # (batch, 1, 1, num_tokens)
         weights = scores.softmax(dim=-1)
         self.weights = weights.mean(1)
         hidden_states = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)

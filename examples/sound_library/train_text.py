@@ -6,16 +6,14 @@ TEXT is a folder of `training.train_tokenizer`, or OUT of another run. Captions 
 thousand a second. They are made from templates, so that it is known which words are for which sound. Linear layers on
 the states say of every token at which place its sound is heard (`PLACES`), and which category and caption it has;
 another on the mean of the states, which categories are heard at each place. Beside each caption of a sequence is the
-same one with the sounds in another order. Captions that people wrote (`--wording`) teach the place alone, where one
-word like "then" tells it. OUT gets `text_encoder` in float16, `tokenizer`, `args.json` and `log.jsonl`, which has what
-`probe.py` tells of captions in sequence.
+same one with the sounds in another order. OUT gets `text_encoder` in float16, `tokenizer`, `args.json` and
+`log.jsonl`, which has what `probe.py` tells of captions in sequence.
 """
 
 import argparse
 import copy
 import json
 import math
-import re
 import shutil
 import sys
 import time
@@ -49,16 +47,12 @@ RELATION_SHARES = {
     "sequence over background": 0.13,
 }
 TURNED = {"sequence of three": (2, 1, 0), "sequence over background": (1, 0, 2)}  # other orders than "B then A"
-# Between two sounds in captions of people; with one of OTHER, the caption says more than two
-JOINING = re.compile(r",? (?:and )?(?:is |are )?(?:followed by|then|before)\b", re.IGNORECASE)
-OTHER = re.compile(r"\b(?:after\w*|while|as|first|finally|again)\b", re.IGNORECASE)
-WORDING_SHARE = 0.1  # of the batches
 NUM_DRAWN = 16  # batches of captions that are drawn together, and sorted by length
-IGNORED = -100  # label without a loss
+IGNORED = -100  # label without a loss, which is what torch takes for one
 
 
 class Sound(NamedTuple):
-    """The words for a sound in a caption, and what is known of it: indices, or `IGNORED`."""
+    """The words for a sound in a caption, and the indices of what it is and when."""
 
     start: int
     end: int
@@ -73,9 +67,6 @@ def parse_args(argv=None):
         "text_encoder", type=Path, help="folder of training.train_tokenizer, or OUT of another run or of train_scenes"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--wording", type=Path, help="JSON lines with `captions` of people, AudioCaps' validation ones"
-    )
     parser.add_argument("--seconds", type=float, default=600, help="time limit")
     parser.add_argument("--max_steps", type=int, help="number of steps, by which the learning rate falls, not by time")
     parser.add_argument("--batch_size", type=int, default=32, help="captions of a step")
@@ -177,26 +168,6 @@ class Library:
         return drawn
 
 
-def read_wording(path):
-    """Captions of people that name one thing and then another, in the form that [`Library.draw_caption`] gives.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    drawn = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            captions = json.loads(line).get("captions", [])
-            for text in [captions] if isinstance(captions, str) else captions:
-                found = list(JOINING.finditer(text))
-                if len(found) == 1 and found[0].start() and not OTHER.search(text):
-                    spans = ((0, found[0].start(), 0), (found[0].end(), len(text.rstrip(". ")), 2))
-                    drawn.append((text, [Sound(*span, IGNORED, IGNORED) for span in spans]))
-    if not drawn:
-        raise ValueError(f"`wording` has to have captions that name one sound and then another; {path} has none.")
-    return drawn
-
-
 def sounds_of_tokens(offsets, spans):
     """For each token the index of the sound that it is a word for, or -1.
 
@@ -230,17 +201,14 @@ def as_arrays(tokenizer, drawn):
                 _, _, place, *known = sounds[sound]
                 tokens[row, token] = (1 + place, *known)
         for sound in sounds:
-            if sound.category == IGNORED:
-                heard[row] = IGNORED
-            else:
-                heard[row, sound.place, 1] = 1 + sound.category
-                if not heard[row, sound.place, 0]:
-                    heard[row, sound.place, 0] = 1 + sound.category
+            heard[row, sound.place, 1] = 1 + sound.category
+            if not heard[row, sound.place, 0]:
+                heard[row, sound.place, 0] = 1 + sound.category
     single = np.array([len(sounds) == 1 for _, sounds in drawn])
     return {"ids": ids, "mask": mask, "tokens": tokens, "heard": heard, "single": single}
 
 
-def draw_batches(library, tokenizer, wording, batch_size, seed):
+def draw_batches(library, tokenizer, batch_size, seed):
     """Batches without end, each of captions of similar length."""
     rng = np.random.default_rng(seed)
     while True:
@@ -253,9 +221,6 @@ def draw_batches(library, tokenizer, wording, batch_size, seed):
         drawn = [each for i in np.argsort(keys) for each in groups[i]]
         parts = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
         for i in rng.permutation(len(parts)):
-            if wording and rng.random() < WORDING_SHARE:
-                chosen = rng.choice(len(wording), min(batch_size, len(wording)), replace=False)
-                yield as_arrays(tokenizer, [wording[j] for j in chosen])
             yield as_arrays(tokenizer, parts[i])
 
 
@@ -286,9 +251,8 @@ def text_losses(heads, states, batch):
     labels = batch["tokens"][batch["mask"] > 0]
     losses = {}
     for i, (name, logits) in enumerate(zip(("place", "category", "caption"), of_token, strict=True)):
-        number = (labels[:, i] != IGNORED).sum().clamp(min=1)
-        losses[name] = F.cross_entropy(logits, labels[:, i], ignore_index=IGNORED, reduction="sum") / number
-    heard = [F.cross_entropy(of_mean, batch["heard"][..., i], ignore_index=IGNORED, reduction="none") for i in (0, 1)]
+        losses[name] = F.cross_entropy(logits, labels[:, i], ignore_index=IGNORED)
+    heard = [F.cross_entropy(of_mean, batch["heard"][..., i], reduction="none") for i in (0, 1)]
     return losses | {"heard": sum(heard).sum(1).mean() / 2}
 
 
@@ -307,7 +271,7 @@ def look_to_both_sides(text_encoder, strength=3.0):
         bias[1:later, heads:] -= strength
 
 
-def train(text_encoder, tokenizer, library, wording, args, log):
+def train(text_encoder, tokenizer, library, args, log):
     """Train the text encoder, and save it every now and then.
 
     There is no dropout: captions are drawn anew without end, and the few steps there are teach more without it.
@@ -333,7 +297,7 @@ def train(text_encoder, tokenizer, library, wording, args, log):
         save(text_encoder, args.output_dir / "text_encoder")
 
     recent, training, reported = {}, 0.0, 0.0
-    for batch in draw_batches(library, tokenizer, wording, args.batch_size, args.seed):
+    for batch in draw_batches(library, tokenizer, args.batch_size, args.seed):
         began = time.monotonic()
         batch = {name: torch.from_numpy(each).to(device) for name, each in batch.items()}
         states = text_encoder(batch["ids"], attention_mask=batch["mask"])[0]
@@ -366,7 +330,6 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         tokenizer, text_encoder = read_text_encoder(args.text_encoder)
-        wording = read_wording(args.wording) if args.wording else []
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -374,9 +337,9 @@ def main(argv=None):
     write_atomically(args.output_dir / "args.json", json.dumps(flags, indent=2).encode())
     log, library = Log(args.output_dir), Library(read_manifest())
     torch.manual_seed(args.seed)
-    log(num_categories=len(library.categories), num_captions=len(library.captions), num_wordings=len(wording))
+    log(num_categories=len(library.categories), num_captions=len(library.captions))
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
-    train(text_encoder.to(args.device), tokenizer, library, wording, args, log)
+    train(text_encoder.to(args.device), tokenizer, library, args, log)
     log.file.close()
 
 
