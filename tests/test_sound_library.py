@@ -952,12 +952,32 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
 
 
 def test_the_probe_tells_the_order_from_states_that_have_it():
-    _, pairs = probe.draw_captions(3000)
+    _, _, pairs = probe.draw_captions(3000)
     one_hot = np.eye(len(probe.CATEGORIES))
     order, both, number = probe.probe(np.c_[one_hot[pairs[:, 0]], one_hot[pairs[:, 1]]], pairs)
     assert order == both == 1 and 300 < number < 900
     order, both, _ = probe.probe(one_hot[pairs[:, 0]] + one_hot[pairs[:, 1]], pairs)
     assert 0.4 < order < 0.6 and both == 1
+
+
+def test_the_probe_of_words_tells_the_parts_of_captions_of_people(tmp_path):
+    lines = ["A dog barks, and then rain.", "A dog barks while it rains, then thunder", "Rain", "then rain"]
+    path = tmp_path / "valid.jsonl"
+    path.write_text("".join(json.dumps({"captions": line}) + "\n" for line in [*lines, ["A car before a cow"]]))
+    texts, spans = probe.read_wording(path)
+    parts = [[text[begin:end] for begin, end in each] for text, each in zip(texts, spans, strict=True)]
+    assert parts == [["A dog barks", " rain."], ["A car", " a cow"]]
+    path.write_text(json.dumps({"captions": ["Rain"]}) + "\n")
+    with pytest.raises(ValueError, match="`wording` has to have captions that name one thing and then another"):
+        probe.read_wording(path)
+
+    pipe = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32)
+    states, sounds, numbers = probe.states_of_words(pipe.tokenizer, pipe.text_encoder, texts, spans)
+    assert len(states) == len(sounds) == len(numbers) and set(zip(numbers, sounds)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    told = np.c_[1 - 2 * sounds, numbers]
+    assert probe.probe_words((told, sounds, numbers), (told, sounds, numbers)) == 1
+    turned = np.c_[np.where(numbers == 1, -1, 1) * told[:, 0], numbers]
+    assert probe.probe_words((told, sounds, numbers), (turned, sounds, numbers)) == 0.5
 
 
 # Assembling

@@ -245,6 +245,19 @@ def write_caption(rng, sounds, relation):
     return write_caption_with_spans(rng, sounds, relation)[0]
 
 
+def sounds_of_tokens(offsets, spans):
+    """For each token the index of the sound that it is a word for, or -1.
+
+    Args:
+        offsets (`list[tuple[int, int]]`): where in the text each token begins and ends, as tokenizers tell.
+    """
+    sounds = []
+    for begin, end in offsets:
+        inside = [i for i, span in enumerate(spans) if end > begin and span[0] <= (begin + end) / 2 < span[1]]
+        sounds.append(inside[0] if inside else -1)
+    return sounds
+
+
 def draw_scene(rng, recordings, num_samples, num_captions=1, sequence_share=None):
     """A scene of the given length, of a relation and categories that are drawn. `sequence_share` is that of all
     sequences together, where not the usual one of the length."""

@@ -26,8 +26,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from examples.sound_library.attention_loss import attention_loss, observe
 from examples.sound_library.pack import read_packed, recordings_of
-from examples.sound_library.scenes import draw_scene
-from examples.sound_library.train_text import MAX_TOKENS, Log, decay, read_text_encoder, save, sounds_of_tokens
+from examples.sound_library.scenes import draw_scene, sounds_of_tokens
+from examples.sound_library.train_text import MAX_TOKENS, Log, decay, read_text_encoder, save
 from pipeline_tango import TANGO_TINY, log_mel_spectrogram
 from pipeline_tango.sound_files import write_atomically
 

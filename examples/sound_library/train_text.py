@@ -27,7 +27,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from examples.sound_library.build import read_manifest
 from examples.sound_library.probe import draw_captions, pooled_states, probe
-from examples.sound_library.scenes import draw_names, draw_template, fill_template
+from examples.sound_library.scenes import draw_names, draw_template, fill_template, sounds_of_tokens
 from pipeline_tango.sound_files import write_atomically
 
 
@@ -168,19 +168,6 @@ class Library:
         return drawn
 
 
-def sounds_of_tokens(offsets, spans):
-    """For each token the index of the sound that it is a word for, or -1.
-
-    Args:
-        offsets (`list[tuple[int, int]]`): where in the text each token begins and ends, as tokenizers tell.
-    """
-    sounds = []
-    for begin, end in offsets:
-        inside = [i for i, span in enumerate(spans) if end > begin and span[0] <= (begin + end) / 2 < span[1]]
-        sounds.append(inside[0] if inside else -1)
-    return sounds
-
-
 def as_arrays(tokenizer, drawn):
     """A batch of captions.
 
@@ -288,7 +275,7 @@ def train(text_encoder, tokenizer, library, args, log):
         {"params": heads.parameters(), "lr_factor": 5},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    captions, pairs = draw_captions(args.num_probed)
+    captions, _, pairs = draw_captions(args.num_probed)
 
     def report():
         order, both, _ = probe(pooled_states(tokenizer, text_encoder, captions), pairs)
