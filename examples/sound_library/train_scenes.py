@@ -423,14 +423,13 @@ def read_checkpoint(args):
     return state
 
 
-def save_checkpoint(path, average, args, log, num_batches, begin):
+def save_checkpoint(path, average, args, log, **progress):
     partial = path.with_name(f".{path.name}.part")
     state = {
         "flags": {name: str(getattr(args, name)) for name in KEPT_FLAGS},
         "step": log.step,
         "seconds": log.seconds(),
-        "begin": begin,
-        "num_batches": num_batches,
+        **progress,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state() if args.device.startswith("cuda") else None,
         "average": average.state_dict(),
@@ -450,10 +449,9 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         unet.to(memory_format=layout)
         log(memory_format=str(layout), seconds_per_step=seconds)
     average = Average(unet, args.learning_rate, args.ema_decay)
-    num_batches = 0
+    num_batches, num_clips = state.get("num_batches", 0), state.get("num_clips", 0)
     if state:
         average.load_state_dict(state["average"])
-        num_batches = state["num_batches"]
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"])
@@ -476,12 +474,13 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         save(unet, args.output_dir / "unet")
         average.use(average.weights)
         if args.checkpoint:
-            save_checkpoint(args.checkpoint, average, args, log, num_batches, begin)
+            progress = {"begin": begin, "num_batches": num_batches, "num_clips": num_clips}
+            save_checkpoint(args.checkpoint, average, args, log, **progress)
 
     end = args.seconds - args.decoder_seconds - SAVING_IN_S / 2
     logged = saved = log.seconds()
     begin = state.get("begin", logged)
-    recent, num_clips, parts = [], 0, 1
+    recent, parts = [], 1
     while log.seconds() < end and log.step != args.max_steps:
         batch = next(batches)
         num_batches = batch["number"] + 1
