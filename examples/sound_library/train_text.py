@@ -70,7 +70,7 @@ def parse_args(argv=None):
     parser.add_argument("--seconds", type=float, default=600, help="time limit")
     parser.add_argument("--max_steps", type=int, help="number of steps, by which the learning rate falls, not by time")
     parser.add_argument("--batch_size", type=int, default=32, help="captions of a step")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the text encoder")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the text encoder")
     parser.add_argument(
         "--keep_weight",
         type=float,
