@@ -78,8 +78,12 @@ OPTIONS = {
     "fp16": "the UNet in float16; the other models overflow in it",
     "channels-last": "UNet and VAE with channels last in memory",
     "conv2d-vocoder": "the vocoder's convolutions as 2-D convolutions, with channels last",
+    "blocked-attention": "the UNet's self-attention in blocks of queries, for a CPU's bfloat16",
+    "blocked-attention-vae": "the same of the VAE's",
+    "channels-last-vae": "the VAE with channels last in memory",
+    "transposed-convs": "the UNet with channels last, and convolutions of narrow images on the transposed images",
+    "keep-memory": "memory that tensors free stays with the process",
     "fused-qkv": "one matrix for queries, keys and values",
-    "blocked-attention": "self-attention in blocks of queries, for a CPU's bfloat16",
     "compile": "torch.compile of UNet, VAE decoder and vocoder",
     "compile-dynamic": "the same, for all lengths and texts at once",
     "compile-blocks": "the same, with the UNet's resnets and transformer blocks compiled one by one",
@@ -100,6 +104,7 @@ COMPILE_OPTIONS = {  # arguments of torch.compile
     "reduce-overhead": {"mode": "reduce-overhead"},
     "max-autotune": {"mode": "max-autotune"},
 }
+KERNEL_OPTIONS = ("blocked-attention-vae", "channels-last-vae", "transposed-convs", "keep-memory")
 CUDA_OPTIONS = ("reduce-overhead", "max-autotune")
 # diffusers' `compile_repeated_blocks` leaves out the resnets, 43% of the UNet's arithmetic
 UNET_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -137,6 +142,7 @@ def read_variant(name, device, preset=FAST):
         "scheduler": None,
         "steps": None,
     }
+    is_large = "deep_cache" in preset
     for option in name.split("+"):
         if option in COMPILE_OPTIONS:
             if option in CUDA_OPTIONS and device != "cuda":
@@ -148,6 +154,8 @@ def read_variant(name, device, preset=FAST):
             variant["dtypes"] = choose_dtypes("float16", device)
         elif option in ("channels-last", "fused-qkv", "blocked-attention", "conv2d-vocoder"):
             variant[option.replace("-", "_")] = True
+        elif option in KERNEL_OPTIONS:
+            variant["kernels"] += (option,)
         elif re.fullmatch(r"deep-cache-[1-9]\d?", option):
             variant["deep_cache"] = int(option.removeprefix("deep-cache-"))
         elif option == "guidance-half":
@@ -160,7 +168,8 @@ def read_variant(name, device, preset=FAST):
             dtypes = choose_dtypes("auto", device, fast=True)
             if option != "preset":
                 preset = {"scheduler": "lcm", "steps": int(option.removeprefix("student-")), "guidance": 1.0}
-            variant |= preset | {"dtypes": dtypes, "kernels": choose_kernels(dtypes, device)[0]}
+            kernels = choose_kernels(dtypes, device, is_large=is_large)[0]
+            variant |= preset | {"dtypes": dtypes, "kernels": kernels}
         elif option != "plain":
             raise ValueError(f"{option!r} is none of {', '.join(OPTIONS)}")
     return variant

@@ -245,10 +245,12 @@ class DemoModel:
                 report(None, f"loading {short_name(model)}")
             defaults = read_model_defaults(args, dtypes)
             student = defaults["student"]
-            for name, value in fast_settings(args.source).items() if args.fast and student is None else ():
+            preset = fast_settings(args.source)
+            for name, value in preset.items() if args.fast and student is None else ():
                 if getattr(args, name) is None:
                     setattr(args, name, value)
-            args.kernels = choose_kernels(dtypes, device)[0] if args.fast else ()
+            is_large = "deep_cache" in preset
+            args.kernels = choose_kernels(dtypes, device, is_large=is_large)[0] if args.fast else ()
             self.load(args, device, dtypes)
         except CommandError as error:
             raise DemoError(str(error)) from error

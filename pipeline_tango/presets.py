@@ -12,14 +12,30 @@ SCHEDULER_NAMES = ("ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "pndm", "l
 FAST = {"scheduler": "dpm++", "steps": 12, "guidance": 4.0, "guidance_interval": [0.0, 0.5], "deep_cache": 3}
 LARGE_WIDTH = 1280  # channels of a UNet's widest level
 
-KERNELS = ("blocked-attention", "channels-last-unet", "channels-last-vae", "conv2d-vocoder", "compile-unet")
+KERNELS = (
+    "blocked-attention",
+    "blocked-attention-vae",
+    "channels-last-unet",
+    "channels-last-vae",
+    "transposed-convs",
+    "conv2d-vocoder",
+    "compile-unet",
+    "keep-memory",
+)
 # Those of --fast, by kind of processor, for models in bfloat16; docs/speed.md has the measurements.
 # Blocks of attention gain a quarter of a step on an EPYC with AVX512-BF16, and cost a tenth with AMX.
 FAST_KERNELS = {
-    "amx": ("channels-last-vae", "conv2d-vocoder"),
-    "avx512_bf16": ("blocked-attention", "channels-last-vae", "conv2d-vocoder"),
+    "amx": ("channels-last-vae", "conv2d-vocoder", "keep-memory"),
+    "avx512_bf16": (
+        "blocked-attention",
+        "blocked-attention-vae",
+        "channels-last-vae",
+        "conv2d-vocoder",
+        "keep-memory",
+    ),
     "cpu": ("blocked-attention",),
 }
+LARGE_KERNELS = {"avx512_bf16": ("transposed-convs",)}  # and those for UNets of the released width
 COMPILE_PAYS_FROM = 40  # sounds by --fast on a CPU with AMX: 83 s of compilation, and 2 to 3 s less for a sound
 
 
@@ -93,6 +109,9 @@ def choose_kernels(dtypes, device, num_sounds=1, is_large=False):
     kind, dtype = processor(device), dtypes.get("unet", dtypes["default"])
     reason = f"{kind} in {str(dtype).removeprefix('torch.')}"
     names = FAST_KERNELS.get(kind, ()) if dtype == torch.bfloat16 else ()
+    if is_large and dtype == torch.bfloat16 and kind in LARGE_KERNELS:
+        names += LARGE_KERNELS[kind]
+        reason += " for a wide UNet"
     if kind == "amx" and names and is_large:
         if num_sounds >= COMPILE_PAYS_FROM and not find_compiler():
             reason += ", not compiled without a C++ compiler"

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import latents_of
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 
 from pipeline_tango import BlockedAttnProcessor, TangoPipeline, attention
@@ -22,6 +23,24 @@ def test_blocks_attend_as_the_whole(pipe, monkeypatch, max_scores):
     assert torch.allclose(latents_of(pipe, ["rain", "a dog barks"]), expected_with_lora, atol=1e-4)
     pipe.unet.delete_adapters("default")
     assert torch.allclose(latents_of(pipe, ["rain", "a dog barks"]), expected, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_scores", [1, 700, 2**22])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_vae_attends_as_the_whole(pipe, monkeypatch, caplog, max_scores, memory_format):
+    monkeypatch.setattr(attention, "MAX_BLOCK_SCORES", max_scores)
+    latents = torch.randn(2, pipe.vae.config.latent_channels, 6, 4)
+    expected = pipe.vae.decode(latents)[0]
+    pipe.vae.set_attn_processor(BlockedAttnProcessor())
+    pipe.vae.to(memory_format=memory_format)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # it is not used
+        assert torch.allclose(pipe.vae.decode(latents)[0], expected, atol=1e-5)
+        other = pipe.vae.encode(expected)[0].mean
+    pipe.vae.set_attn_processor(AttnProcessor2_0())
+    assert torch.allclose(pipe.vae.encode(expected)[0].mean, other, atol=1e-5)
+    assert not caplog.records
 
 
 def test_only_self_attention_is_in_blocks(pipe):

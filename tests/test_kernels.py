@@ -1,13 +1,27 @@
 import copy
 import hashlib
 import pickle
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import latents_of
+from peft import LoraConfig
 from transformers import SpeechT5HifiGan
 
-from pipeline_tango import TANGO_TINY
-from pipeline_tango.kernels import BlockedAttnProcessor, Conv1dAs2d, use_conv2d, use_kernels
+from pipeline_tango import TANGO_TINY, kernels
+from pipeline_tango.kernels import (
+    FASTER_CLASSES,
+    BlockedAttnProcessor,
+    Conv1dAs2d,
+    ConvTranspose1dAs2d,
+    TransposedConv2d,
+    use_conv2d,
+    use_kernels,
+    use_transposed_convs,
+)
 from pipeline_tango.presets import KERNELS
 
 
@@ -28,12 +42,24 @@ def test_conv2d_is_the_same_function_and_can_be_undone(vocoder):
     assert any(type(layer) is Conv1dAs2d for layer in vocoder.modules())
     assert torch.allclose(vocoder(mel_spectrogram), expected, atol=1e-5)
     assert torch.allclose(vocoder(mel_spectrogram[0]), one, atol=1e-5)
-    layer = next(layer for layer in vocoder.modules() if type(layer) is Conv1dAs2d)
-    hidden_states = torch.randn(layer.in_channels, 9)
-    assert torch.allclose(layer(hidden_states), torch.nn.Conv1d.forward(layer, hidden_states[None])[0], atol=1e-5)
+    for kind, plain in ((Conv1dAs2d, torch.nn.Conv1d), (ConvTranspose1dAs2d, torch.nn.ConvTranspose1d)):
+        layer = next(layer for layer in vocoder.modules() if type(layer) is kind)
+        hidden_states = torch.randn(layer.in_channels, 9)
+        assert torch.allclose(layer(hidden_states), plain.forward(layer, hidden_states[None])[0], atol=1e-5)
     use_conv2d(vocoder, enabled=False)
-    assert not any(type(layer) is Conv1dAs2d for layer in vocoder.modules())
+    assert not any(type(layer) in FASTER_CLASSES.values() for layer in vocoder.modules())
     assert torch.equal(vocoder(mel_spectrogram), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"output_padding": 1, "bias": False}, {"dilation": 2}, {"padding": 3}])
+def test_transposed_convolutions_keep_their_options(options):
+    layer = torch.nn.ConvTranspose1d(4, 6, 8, stride=3, **options)
+    hidden_states = torch.randn(2, 4, 9)
+    expected, longer = layer(hidden_states), layer(hidden_states, output_size=[layer(hidden_states).shape[2] + 1])
+    use_conv2d(layer)
+    assert type(layer) is ConvTranspose1dAs2d and torch.allclose(layer(hidden_states), expected, atol=1e-5)
+    assert torch.allclose(layer(hidden_states, output_size=[longer.shape[2]]), longer, atol=1e-5)
 
 
 @torch.no_grad()
@@ -86,16 +112,109 @@ def test_other_convolutions_are_left_alone():
         torch.nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"),
         torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 4, 3)),
         torch.nn.Conv2d(4, 4, 3),
+        torch.nn.ConvTranspose1d(4, 4, 3, groups=2),
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.ConvTranspose1d(4, 4, 3)),
     )
     kinds = [type(layer) for layer in layers]
     use_conv2d(layers)
     assert [type(layer) for layer in layers] == kinds
 
 
+def transposed(pipe):
+    """How many convolutions of the UNet are computed transposed."""
+    return sum(type(layer) is TransposedConv2d for layer in pipe.unet.modules())
+
+
+def test_transposed_convolutions_are_the_same_function(pipe, monkeypatch):
+    texts = ["rain", "a dog barks"]
+    expected = latents_of(pipe, texts, audio_length_in_s=1)
+    shapes = []
+    convolve = torch.nn.functional.conv2d
+
+    def record(image, weight, *args):
+        if weight.shape[2] > 1:
+            shapes.append(tuple(image.shape[2:]))
+        return convolve(image, weight, *args)
+
+    use_transposed_convs(pipe.unet, 16)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", record)
+    assert torch.allclose(latents_of(pipe, texts, audio_length_in_s=1), expected, atol=1e-4)
+    assert set(shapes) == {(28, 16), (14, 8), (4, 7)}  # 7 frames of 4 bins, transposed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(9, 4), (9, 2), (2, 4), (9, 8), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "padding": (1, 0)}, {"dilation": (1, 2), "padding": 2}])
+def test_images_of_any_shape_are_convolved_alike(shape, options):
+    layer = torch.nn.Conv2d(3, 5, (3, 2), **{"padding": (1, 1), **options})
+    image = torch.randn(2, 3, *shape)
+    if shape[1] + 2 * layer.padding[1] <= layer.dilation[1]:
+        pytest.skip("the kernel is larger than the image")
+    expected = layer(image)
+    layer.__class__ = TransposedConv2d
+    assert torch.allclose(layer(image), expected, atol=1e-5)
+
+
+def test_adapters_may_come_before_and_after_transposed_convolutions(pipe):
+    def latents():
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["conv1", "to_q"]))
+        alone = latents_of(pipe, audio_length_in_s=1)
+        pipe.unet.fuse_lora()
+        return alone, latents_of(pipe, audio_length_in_s=1)
+
+    base, before = latents_of(pipe, audio_length_in_s=1), latents()
+    assert not torch.allclose(base, before[0], atol=1e-2)
+    pipe.unet.unfuse_lora()
+    use_transposed_convs(pipe.unet, 16)
+    assert torch.allclose(latents_of(pipe, audio_length_in_s=1), before[0], atol=1e-4)
+    pipe.unet.delete_adapters("default")
+    assert torch.allclose(latents_of(pipe, audio_length_in_s=1), base, atol=1e-3)
+    for after, expected in zip(latents(), before):
+        assert torch.allclose(after, expected, atol=1e-4)
+    assert transposed(pipe)
+
+
+def test_a_transposed_unet_is_saved_as_before(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path / "before")
+    use_transposed_convs(pipe.unet, 16)
+    pipe.unet.save_pretrained(tmp_path / "after")
+    assert hashes(tmp_path / "before") == hashes(tmp_path / "after") and transposed(copy.deepcopy(pipe))
+    expected = latents_of(pipe)
+    pipe.unet = pickle.loads(pickle.dumps(pipe.unet))
+    assert torch.equal(latents_of(pipe), expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has it")
+def test_kept_memory_is_used_again():
+    script = """
+import resource, torch
+from pipeline_tango.kernels import keep_memory
+
+def num_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        tensors = [torch.ones(2**22) for _ in range(4)]  # 16 MiB each
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+num_page_faults()
+print(num_page_faults())
+keep_memory()
+num_page_faults()
+print(num_page_faults())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    without, kept = map(int, result.stdout.split())
+    assert without > 10 * kept + 100
+
+
 @pytest.mark.parametrize("name", [None, *KERNELS])
 def test_each_kernel_sets_what_its_name_says(pipe, name, monkeypatch):
-    compiled = []
+    compiled, kept = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(kernels, "keep_memory", lambda: kept.append(True))
     use_kernels(pipe, [] if name is None else [name])
     formats = {
         part: getattr(pipe, part).conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -105,8 +224,11 @@ def test_each_kernel_sets_what_its_name_says(pipe, name, monkeypatch):
     }
     assert {
         "blocked-attention": all(type(p) is BlockedAttnProcessor for p in pipe.unet.attn_processors.values()),
-        "channels-last-unet": formats["unet"],
+        "blocked-attention-vae": all(type(p) is BlockedAttnProcessor for p in pipe.vae.attn_processors.values()),
+        "transposed-convs": transposed(pipe) > 0,
+        "channels-last-unet": formats["unet"] and not transposed(pipe),
         "channels-last-vae": formats["vae"],
         "conv2d-vocoder": any(type(layer) is Conv1dAs2d for layer in pipe.vocoder.modules()),
         "compile-unet": compiled == [pipe.unet],
+        "keep-memory": kept == [True],
     } == {each: each == name for each in KERNELS}

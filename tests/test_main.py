@@ -242,7 +242,7 @@ def test_what_a_student_cannot_do_is_one_line(as_tango_tiny, tiny_folder, studen
     "flags, has_amx, expected",
     [
         ("--fast --dtype bfloat16", False, "kernels: blocked-attention (cpu in bfloat16)"),
-        ("--fast --dtype bfloat16", True, "kernels: channels-last-vae, conv2d-vocoder (amx in bfloat16)"),
+        ("--fast --dtype bfloat16", True, "kernels: channels-last-vae, conv2d-vocoder, keep-memory (amx in bfloat16)"),
         ("--fast", False, "kernels: plain (cpu in float32)"),
         ("", True, None),
     ],

@@ -65,10 +65,16 @@ def test_kernels_follow_from_the_processor(machine):
         assert reason == f"{kind} in bfloat16" and set(chosen[kind]) <= set(KERNELS)
         assert choose_kernels(FLOAT32, "cpu") == ((), f"{kind} in float32")
         assert choose_kernels(BFLOAT16, "cuda") == ((), "cuda in bfloat16")
+        large, reason = choose_kernels(BFLOAT16, "cpu", is_large=True)
+        assert large[: len(chosen[kind])] == chosen[kind] and set(large) <= set(KERNELS)
+        assert reason == f"{kind} in bfloat16" + " for a wide UNet" * (large != chosen[kind])
         assert ("blocked-attention" in chosen[kind]) == (kind != "amx")
-    assert "blocked-attention" in chosen["avx512_bf16"] and "blocked-attention" not in chosen["amx"]
-    assert {"channels-last-vae", "conv2d-vocoder"} <= set(chosen["amx"])
-    assert all(not name.endswith("-unet") for names in chosen.values() for name in names)
+        assert ("transposed-convs" in large) == (kind == "avx512_bf16") and "transposed-convs" not in chosen[kind]
+        assert choose_kernels(FLOAT32, "cpu", is_large=True) == ((), f"{kind} in float32")
+        assert choose_kernels(BFLOAT16, "cuda", is_large=True) == ((), "cuda in bfloat16")
+    assert chosen["amx"] == ("channels-last-vae", "conv2d-vocoder", "keep-memory")
+    assert chosen["cpu"] == ("blocked-attention",)
+    assert {*chosen["amx"], *chosen["cpu"], "blocked-attention-vae"} == set(chosen["avx512_bf16"])
 
 
 @pytest.mark.parametrize(
@@ -86,4 +92,4 @@ def test_a_long_list_is_compiled_where_that_pays(machine, kind, num_sounds, is_l
     machine(kind, has_compiler)
     names, reason = choose_kernels(BFLOAT16, "cpu", num_sounds, is_large)
     assert ("compile-unet" in names) == ("channels-last-unet" in names) == compiles
-    assert reason == f"{kind} in bfloat16{told}"
+    assert reason.replace(" for a wide UNet", "") == f"{kind} in bfloat16{told}"
