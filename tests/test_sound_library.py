@@ -609,7 +609,8 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
     assert batch["heard"].shape == (6, 128, 3) and batch["words"].shape == batch["ids"].shape
     for scene, ids, words in zip(drawn, batch["ids"], batch["words"], strict=True):
         for sound, (begin, end) in enumerate(scene.spans[0]):
-            assert tokenizer.decode(ids[words == sound]).lower() == scene.captions[0][begin:end].lower()
+            # without the first letter: not every capital is in the vocabulary
+            assert tokenizer.decode(ids[words == sound]).lower().endswith(scene.captions[0][begin + 1 : end].lower())
         assert set(words) <= {-1, *range(len(scene.categories))} and words[-1] == -1
 
 
@@ -737,7 +738,7 @@ def test_batches_of_captions_keep_twins_together(packed):
     lengths = [batch["mask"].sum(1) for batch in drawn]
     assert np.mean([each.max() - each.min() for each in lengths]) < np.concatenate(lengths).std() * 3
     together = sum(len({tuple(np.sort(ids)) for ids in batch["ids"]}) for batch in drawn)
-    assert together < 0.75 * sum(len(batch["ids"]) for batch in drawn)
+    assert together < 0.9 * sum(len(batch["ids"]) for batch in drawn)
 
 
 def test_the_text_losses_are_surprise_in_nats():
