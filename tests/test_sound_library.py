@@ -19,7 +19,18 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from examples.sound_library import assemble, build, captions, compose, pair_prompts, probe, scenes, train_scenes
+from examples.sound_library import (
+    assemble,
+    attention_loss,
+    build,
+    captions,
+    compose,
+    pair_prompts,
+    probe,
+    scenes,
+    train_scenes,
+    train_text,
+)
 from examples.sound_library import pack as packing
 from examples.sound_library.recordings import Recordings, read_recording
 from examples.sound_library.recordings import pressure_level_db as pressure_level_of_array
@@ -583,10 +594,9 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
     samples, index = packing.read_packed(folder / "recordings")
     recordings = packing.recordings_of(samples, index, "train")
     tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
-    categories = sorted(recordings.indices)
-    in_caption = sorted({row["caption"] for row in index})
-    batches = train_scenes.SceneBatches(recordings, (categories, in_caption), tokenizer, {81920: (6, 1.0)}, seed=3)
-    batch, again = batches[4], batches[4]
+    batches = train_scenes.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3)
+    batch = batches[4]
+    again = train_scenes.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3, start=3)[1]
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
     rng = np.random.default_rng([3, 4])
     rng.choice([81920], p=[1.0])
@@ -596,72 +606,167 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
         waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
         expected = scenes.render(scene.events, waveforms, 81920, peak)
         np.testing.assert_allclose(waveform, expected, atol=2e-4)
-    heard = batch["heard"]
-    assert heard.shape == (6, 4, 2, 2)
-    assert (heard[:, 3].any((1, 2)) == [not scene.relation.startswith("sequence") for scene in drawn]).all()
+    assert batch["heard"].shape == (6, 128, 3) and batch["words"].shape == batch["ids"].shape
+    for scene, ids, words in zip(drawn, batch["ids"], batch["words"], strict=True):
+        for sound, (begin, end) in enumerate(scene.spans[0]):
+            # without the first letter: not every capital is in the vocabulary
+            assert tokenizer.decode(ids[words == sound]).lower().endswith(scene.captions[0][begin + 1 : end].lower())
+        assert set(words) <= {-1, *range(len(scene.categories))} and words[-1] == -1
 
 
-def test_places_tell_which_sounds_come_first_between_last_and_throughout(recordings):
-    categories = sorted(recordings.indices)
-    names = (categories, sorted({row["caption"] for row in recordings.rows}))
-    batches = train_scenes.SceneBatches(recordings, names, None, {}, seed=3)
+def test_frames_tell_which_sounds_go_on(recordings):
+    batches = train_scenes.SceneBatches(recordings, None, {}, seed=3)
 
-    def places(relation, *heard):
-        scene = scenes.make_scene(np.random.default_rng(0), recordings, 81920, relation, list(heard))
-        result = batches.heard_at_places(scene)
-        for category, caption in result[result[..., 0] > 0]:
-            captions = {row["caption"] for row in recordings.rows if row["category"] == categories[category - 1]}
-            assert names[1][caption - 1] in captions
-        assert ((result > 0).all(2) == (result > 0).any(2)).all()
-        return [" ".join(dict.fromkeys(categories[i - 1] for i in place if i)) for place in result[..., 0]]
+    def order(relation, *sounds):
+        scene = scenes.make_scene(np.random.default_rng(0), recordings, 81920, relation, list(sounds))
+        heard = batches.frames_heard(scene, 81920)
+        assert heard.shape == (128, 3) and set(heard.ravel()) <= {0, 1} and not heard[:, len(sounds) :].any()
+        middles = [np.flatnonzero(heard[:, i]).mean() for i in range(len(sounds))]
+        return heard[:, : len(sounds)].all(), middles
 
-    assert places("single", "cow") == ["", "", "", "cow"]
-    assert places("background", "cow", "rain") == ["", "", "", "cow rain"]
-    assert places("sequence", "cow", "bee") == ["cow", "", "bee", ""]
-    assert places("sequence of three", "bee", "cow", "rain") == ["bee", "cow", "rain", ""]
-    assert places("sequence over background", "cow", "bee", "rain") == ["cow", "", "bee", "rain"]
+    assert order("single", "cow")[0] and order("mixed", "cow", "rain")[0] and order("background", "cow", "rain")[0]
+    everything, middles = order("sequence", "cow", "rain")
+    assert not everything and middles[0] < 64 < middles[1]
+    everything, middles = order("sequence of three", "bee", "cow", "rain")
+    assert not everything and middles == sorted(middles)
+    everything, middles = order("sequence over background", "cow", "bee", "rain")
+    assert not everything and middles[0] < middles[2] < middles[1]
 
 
-def test_parts_of_a_batch_hold_each_caption_once_and_whole():
-    lengths = np.array([3, 9, 5, 2, 7, 3, 4])
-    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
-    batch = {"ids": np.arange(1, 8)[:, None] * mask, "mask": mask, "heard": np.arange(7)}
-    parts = list(train_scenes.by_length(batch, torch.Generator().manual_seed(0)))
-    assert [part["ids"].shape for part in parts] != sorted(part["ids"].shape for part in parts)
-    assert sorted(int(i) for part in parts for i in part["heard"]) == list(range(7))
-    for part in parts:
-        assert (part["mask"].sum(1) == lengths[part["heard"]]).all() and part["mask"].any(0).all()
-        assert (part["ids"] == batch["ids"][part["heard"], : part["ids"].shape[1]]).all()
+def test_the_share_of_sequences_can_be_given(recordings):
+    for share in (0.0, 0.7, 1.0):
+        drawn = [
+            scenes.draw_scene(np.random.default_rng(i), recordings, 40960, sequence_share=share) for i in range(300)
+        ]
+        number = sum(scene.relation.startswith("sequence") for scene in drawn)
+        assert number == pytest.approx(300 * share, abs=40 if 0 < share < 1 else 0)
 
 
-def test_heads_tell_the_order_of_no_states_that_only_name_the_sounds():
-    """The logits depend on the set of states: tokens in another order, or padding, have the same."""
-    heads = train_scenes.Heads(8, [5, 7])
-    states = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    order = torch.tensor([3, 1, 0, 2, 5, 4])
-    expected, again = heads(states, mask), heads(states[:, order], mask[:, order])
-    alone = heads(states[:1, :4], mask[:1, :4])
-    assert [each.shape for both in expected for each in both] == 2 * [(2, 4, 6), (2, 4, 8)]
-    for both, others, first in zip(expected, again, alone, strict=True):
-        for kind in range(2):
-            torch.testing.assert_close(both[kind], others[kind])
-            torch.testing.assert_close(both[kind][:1], first[kind])
-    # the second pair weights tokens for each place
+def test_observed_attention_is_attention(tiny_folder):
+    unet = train_scenes.UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet").eval()
+    width = unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, unet.config.in_channels, 16, 16, generator=generator)
+    states = torch.randn(2, 5, width, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     with torch.no_grad():
-        heads.query.weight.zero_()
-        heads.query.bias.zero_()
-        uniform = heads(states, mask)[1][0]
-        heads.query.weight[1, 0] = 1e3
-        picked = heads(states, mask)[1][0]
-    assert torch.equal(picked[:, [0, 2, 3]], uniform[:, [0, 2, 3]])
-    largest = states[[0, 1], [int(states[0, :4, 0].argmax()), int(states[1, :, 0].argmax())]]
-    torch.testing.assert_close(picked[:, 1], heads.of_average(largest)[:, :6])
+        expected = unet(latents, 500, states, encoder_attention_mask=mask).sample
+        observed = attention_loss.observe(unet)
+        assert len(observed) == len(unet.attn_processors) / 2
+        torch.testing.assert_close(unet(latents, 500, states, encoder_attention_mask=mask).sample, expected)
+    for each in observed:
+        assert each.weights.shape[::2] == (2, 5) and not each.weights[0, :, 3:].any()
+        torch.testing.assert_close(each.weights.sum(2), torch.ones(each.weights.shape[:2]))
+    words, heard = torch.tensor([[0, 1, -1, -1, -1], [0, -1, 1, 1, -1]]), torch.zeros(2, 16, 3)
+    heard[:, :8, 0] = heard[:, 8:, 1] = 1
+    assert attention_loss.attention_loss(observed, words, heard, (16, 16)) > 0
+    assert all(each.weights is None for each in observed)
+
+
+def test_the_loss_on_attention_is_the_surprise_at_what_is_heard():
+    """Four frames of two bands; of three tokens the first two are for the first and the second sound."""
+    observed = attention_loss.ObservedAttention()
+    words, heard = torch.tensor([[0, 1, -1]]), torch.tensor([[[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 0]]])
+
+    def loss(*rows):
+        observed.weights = torch.tensor(rows).repeat_interleave(2, 0)[None]
+        return float(attention_loss.attention_loss([observed], words, heard, (4, 2)))
+
+    right, wrong, even, either = [0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6], [0.1, 0.3, 0.6]
+    assert loss(right, right, wrong, wrong) == loss(right, wrong, wrong, wrong) == pytest.approx(0, abs=1e-5)
+    assert loss(even, even, even, even) == pytest.approx(
+        np.log(2), rel=1e-4
+    )  # of the three frames that have one sound
+    assert loss(either, even, either, wrong) == pytest.approx((np.log(4) + np.log(4 / 3)) / 3, rel=1e-4)
+    assert loss(wrong, even, even, even) > 3
+    words[:] = -1  # an empty prompt
+    assert loss(even, even, even, even) == 0
+
+
+# Training the text encoder
+
+
+def test_a_drawn_caption_and_its_turned_twin_say_where_each_sound_is():
+    library = train_text.Library(build.read_manifest())
+    rng = np.random.default_rng(0)
+    numbers = {1: 0, 2: 0}
+    for _ in range(300):
+        drawn = library.draw_caption(rng)
+        numbers[len(drawn)] += 1
+        for text, sounds in drawn:
+            for sound in sounds:
+                category, caption = library.categories[sound.category], library.captions[sound.caption]
+                assert caption in library.captions_of[sound.category]
+                words = text[sound.start : sound.end].lower()
+                names = [each.lower() for kind in captions.variants(caption, category, True) for each in kind]
+                assert any(words.startswith(name) for name in names), (words, category)
+        if len(drawn) == 2:
+            (_, sounds), (_, turned) = drawn
+            assert sorted({sound.place for sound in sounds} - {3}) in ([0, 2], [0, 1, 2])
+            assert [sound.place for sound in sounds] == [sound.place for sound in turned]
+            first, last = (next(s for s in sounds if s.place == place) for place in (0, 2))
+            assert next(s for s in turned if s.place == 0).category == last.category
+            assert next(s for s in turned if s.place == 2).category == first.category
+        else:
+            assert {sound.place for _, sounds in drawn for sound in sounds} == {3}
+    assert 150 < numbers[2] < 240
+
+
+def test_a_batch_says_of_each_token_and_place_what_is_heard(packed):
+    tokenizer, _ = train_text.read_text_encoder(packed[0] / "text")
+    sounds = [train_text.Sound(0, 4, 0, 5, 50), train_text.Sound(10, 15, 2, 6, 60)]
+    drawn = [("rain, then a cow", sounds), ("rain", [train_text.Sound(0, 4, 3, 5, 50)])]
+    batch = train_text.as_arrays(tokenizer, drawn)
+    words = {}
+    for token, label in zip(batch["ids"][0], batch["tokens"][0].tolist()):
+        words.setdefault(tuple(label), []).append(token)
+    none = train_text.IGNORED
+    assert tokenizer.decode(words[1, 5, 50]) == "rain" and tokenizer.decode(words[3, 6, 60]).startswith("a co")
+    assert words.keys() == {(1, 5, 50), (0, none, none), (3, 6, 60)}
+    padding = batch["tokens"][1][batch["mask"][1] == 0]
+    assert len(padding) and (padding == none).all()
+    assert batch["heard"].tolist() == [[[6, 6], [0, 0], [7, 7], [0, 0]], [[0, 0]] * 3 + [[6, 6]]]
+    assert batch["single"].tolist() == [False, True]
+
+
+def test_batches_of_captions_keep_twins_together(packed):
+    tokenizer, _ = train_text.read_text_encoder(packed[0] / "text")
+    library = train_text.Library(build.read_manifest())
+    batches = train_text.draw_batches(library, tokenizer, 8, seed=0)
+    drawn = [next(batches) for _ in range(16)]
+    assert all(len(batch["ids"]) <= 8 for batch in drawn)
+    lengths = [batch["mask"].sum(1) for batch in drawn]
+    assert np.mean([each.max() - each.min() for each in lengths]) < np.concatenate(lengths).std() * 3
+    together = sum(len({tuple(np.sort(ids)) for ids in batch["ids"]}) for batch in drawn)
+    assert together < 0.9 * sum(len(batch["ids"]) for batch in drawn)
+
+
+def test_the_text_losses_are_surprise_in_nats():
+    heads = train_text.Heads(8, 3, 4)
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    none = train_text.IGNORED
+    batch = {
+        "mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+        "tokens": torch.tensor([[[1, 2, 3], [0, none, none], [3, none, none]], [[4, 0, 0], [none] * 3, [none] * 3]]),
+        "heard": torch.tensor([[[3, 1], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0], [2, 2]]]),
+    }
+    states = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = {name: float(loss) for name, loss in train_text.text_losses(heads, states, batch).items()}
+    assert losses == pytest.approx(
+        {n: np.log(k) for n, k in (("place", 5), ("category", 3), ("caption", 4))} | {"heard": 4 * np.log(4)}
+    )
+    with torch.no_grad():
+        heads.of_mean.bias[3] = np.log(3)  # category 3 first
+        losses = train_text.text_losses(heads, states, batch)
+    first = [np.log(6 / 3), np.log(6), np.log(6), np.log(6)]
+    assert float(losses["heard"]) == pytest.approx(3 * np.log(4) + np.mean(first), rel=1e-5)
 
 
 def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
     folder, _ = packed
-    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
+    text_encoder = train_text.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
     def shares():
@@ -674,34 +779,37 @@ def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
 
     before = shares()
     assert (before[0] - before[1]).abs().max() < 0.4
-    train_scenes.look_to_both_sides(text_encoder)
+    train_text.look_to_both_sides(text_encoder)
     earlier, later = shares()
     assert (earlier[:2] > 5 * later[:2]).all() and (later[2:] > 5 * earlier[2:]).all()
-    train_scenes.look_to_both_sides(text_encoder)  # they tell sides already
+    train_text.look_to_both_sides(text_encoder)  # they tell sides already
     assert torch.equal(shares()[0], earlier)
 
 
-def test_the_text_loss_is_the_surprise_at_each_place_summed(packed):
+def test_a_text_encoder_is_trained_until_it_tells_the_order(packed, tmp_path, capsys):
+    """On the probe's captions; more than that a few steps of a small encoder cannot show."""
     folder, _ = packed
-    text_encoder = train_scenes.T5EncoderModel.from_pretrained(folder / "text").eval()
-    heads = train_scenes.Heads(text_encoder.config.d_model, [3, 4])
-    for parameter in heads.parameters():
-        torch.nn.init.zeros_(parameter)
-    models = train_scenes.Models(None, text_encoder, heads, None, (None, None))
-    ids = torch.tensor([[5, 6, 1]])
-    mask, nothing = torch.ones_like(ids), torch.zeros(1, 4, 2, 2, dtype=torch.long)
-    heard = nothing.clone()
-    heard[0, 0, 1] = torch.tensor([1, 2])
-    with torch.no_grad():
-        equal = models.text_losses(ids, mask, nothing)[1]
-        heads.of_mean.bias[1] = np.log(2)  # category 1 first
-        heads.of_mean.bias[4 + 2] = np.log(3)  # caption 2 first
-        unequal = models.text_losses(ids, mask, heard)[1]
-    assert float(equal) == pytest.approx(2 * 4 * (np.log(4) + np.log(5)), rel=1e-5)
-    of_mean = [3 * np.log(4), 3 * np.log(5), np.log(5) / 2 + np.log(5 / 2) / 2, np.log(7) / 2 + np.log(7 / 3) / 2]
-    assert float(unequal) == pytest.approx(4 * np.log(4) + 4 * np.log(5) + sum(of_mean), rel=1e-5)
-    models.freeze_text_encoder()
-    assert not models.text_losses(ids, mask, heard)[1].any()
+    flags = [folder / "text", "--output_dir", tmp_path / "order", "--max_steps", 3]
+    flags += ["--num_probed", 300, "--device", "cpu", "--save_every", 0, "--batch_size", 8, "--keep_weight", 1]
+    train_text.main(list(map(str, flags)))
+    log = [json.loads(line) for line in (tmp_path / "order" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log[1:]] == [1, 2, 3]
+    assert {"place", "category", "caption", "heard", "order_told", "both_named"} <= log[-1].keys()
+    before = load_file(folder / "text" / "model.safetensors")
+    after = load_file(tmp_path / "order" / "text_encoder" / "model.safetensors")
+    assert any(not torch.equal(before[name].half(), after[name]) for name in after)
+    assert (tmp_path / "order" / "tokenizer" / "tokenizer.json").is_file()
+    for more, message in (
+        (["--batch_size", "0"], "at least 1"),
+        (["--keep_weight", "-1"], "--keep_weight at least 0"),
+        (["--seconds", "0"], "--seconds has to be more than 0"),
+    ):
+        with pytest.raises(SystemExit):
+            train_text.main([*map(str, flags[:3]), *more])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_text.main(["x", "--output_dir", str(tmp_path)])
+    assert "`text_encoder` has to be a folder" in capsys.readouterr().err
 
 
 def test_the_loss_is_that_of_training_objective():
@@ -730,8 +838,8 @@ def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
     model, unused = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
     plain = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
-    models = SimpleNamespace(parameters=lambda: [*model.parameters(), *unused.parameters()])
-    average = train_scenes.Average(models, 1e9, decay=0.5)
+    both = SimpleNamespace(parameters=lambda: [*model.parameters(), *unused.parameters()])
+    average = train_scenes.Average(both, 1e9, decay=0.5)
     expected = [p.detach().clone() for p in plain.parameters()]
     for step in range(9):
         inputs = torch.randn(4, 3)
@@ -762,8 +870,8 @@ def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed,
     train_scenes.main(list(map(str, flags)))
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     figures = {name: value for entry in entries for name, value in entry.items()}
-    assert figures["step"] == 2 and figures["text_steps"] == figures["decoder_steps"] == 2
-    assert figures["num_recordings"] == 18 and {"loss", "validation_sequence", "order_accuracy"} <= figures.keys()
+    assert figures["step"] == figures["decoder_steps"] == 2 and figures["num_recordings"] == 18
+    assert {"loss", "attention_loss", "validation_sequence", "attention_sequence"} <= figures.keys()
 
     flags = ["--pipeline", TANGO_TINY, "--components", tmp_path / "run", "--runs", tmp_path / "run"]
     assemble.main(list(map(str, [*flags, "--output", tmp_path / "second"])))
@@ -785,40 +893,46 @@ def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed,
     assert "has no folder unet" in capsys.readouterr().err
 
 
-def test_a_text_encoder_trained_alone_is_left_as_it_is_beside_a_unet_that_goes_on(packed, tmp_path):
+def test_training_on_scenes_goes_on_where_it_was_stopped(packed, tmp_path, capsys):
+    """Three steps and then three more from the checkpoint give the weights of six, to the bit."""
     folder, _ = packed
-    common = [folder / "recordings", "--batch_size", 1, "--num_workers", 0, "--num_validation_scenes", 1]
-    common += ["--device", "cpu", "--decoder_seconds", 0]
     config = json.loads((assemble.HERE / "unet_second.json").read_text())
     config |= {"block_out_channels": [8, 16, 16], "attention_head_dim": 2, "norm_num_groups": 8}
     (tmp_path / "unet.json").write_text(json.dumps(config | {"cross_attention_dim": 32}))
-    common += ["--unet_config", tmp_path / "unet.json"]
+    common = [folder / "recordings", "--batch_size", 1, "--num_workers", 0, "--num_validation_scenes", 1]
+    common += ["--device", "cpu", "--decoder_seconds", 0, "--text_encoder", folder / "text", "--max_steps", 6]
 
     def run(name, *flags):
-        flags = [*common, "--output_dir", tmp_path / name, *flags]
+        flags = [*common, "--output_dir", tmp_path / name, "--unet_config", tmp_path / "unet.json", *flags]
         train_scenes.main(list(map(str, flags)))
-        files = (tmp_path / name).glob("*/*.safetensors")
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        files = (tmp_path / name).glob("*/*.safetensors")
         return {path.parent.name: load_file(path) for path in files}, [json.loads(line) for line in lines]
 
-    def differ(a, b):
-        return any(not torch.equal(a[name].half(), b[name].half()) for name in a)
+    class Stopped(Exception):
+        pass
 
-    alone = ["--text_encoder", folder / "text", "--text_only", "--max_steps", 9, "--save_every", 0]
-    text, log = run("text", *alone, "--unet_config", tmp_path / "unet.json")
-    assert text.keys() == {"text_encoder"} and log[-1]["text_steps"] == 9
-    assert differ(text["text_encoder"], load_file(folder / "text" / "model.safetensors"))
-    frozen = ["--text_encoder", tmp_path / "text", "--freeze_text_encoder", "--text_seconds", 0]
-    first, log = run("first", *frozen, "--max_steps", 2)
-    assert first.keys() == {"text_encoder", "unet"}
-    assert not differ(first["text_encoder"], text["text_encoder"])
-    assert not any("text_loss" in entry or "order_accuracy" in entry for entry in log)
-    assert max(entry["step"] for entry in log) == 2
-    second, _ = run("second", *frozen, "--unet", tmp_path / "first" / "unet", "--learning_rate", 0, "--max_steps", 1)
-    assert not differ(second["unet"], first["unet"])
-    joint, log = run("joint", "--text_encoder", tmp_path / "text", "--text_seconds", 0, "--max_steps", 2)
-    assert differ(joint["text_encoder"], text["text_encoder"])
-    assert any("text_loss" in entry for entry in log)
+    def stop(*args):
+        raise Stopped
+
+    whole, log = run("whole")
+    assert whole.keys() == {"unet", "text_encoder"} and max(entry["step"] for entry in log) == 6
+    text = load_file(folder / "text" / "model.safetensors")
+    assert all(torch.equal(text[name].half(), each) for name, each in whole["text_encoder"].items())
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint", "--save_every", 0]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        update, number = train_scenes.Average.update, iter(range(9))
+        patch.setattr(train_scenes.Average, "update", lambda *a: stop() if next(number) == 3 else update(*a))
+        run("parts", *checkpoint)
+    parts, log = run("parts", *checkpoint)
+    steps = [entry["step"] for entry in log if "validation_sequence" in entry]
+    assert steps[:3] == [1, 2, 3] and steps[3:6] == [4, 5, 6]
+    for name, each in whole["unet"].items():
+        assert torch.equal(each, parts["unet"][name]), name
+    before = (tmp_path / "parts" / "log.jsonl").read_text()
+    with pytest.raises(SystemExit, match="`learning_rate` has to be 0.001, as in the run that .* is of, not 0.1"):
+        run("parts", *checkpoint, "--learning_rate", 0.1)
+    assert (tmp_path / "parts" / "log.jsonl").read_text() == before
 
 
 def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
@@ -827,11 +941,11 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
     with pytest.raises(SystemExit, match="`unet_config` .* `cross_attention_dim` 32 of the text encoder, not 256"):
         train_scenes.main([*flags, "--device", "cpu"])
     for more, message in (
-        (["--seconds", "60"], "--seconds has to be more than 79"),
+        (["--seconds", "50"], "--seconds has to be more than 54"),
         (["--vae", "x"], "`vae`"),
         (["--unet", "x"], "`unet`"),
-        (["--text_loss_weight", "-1"], "at least 0"),
-        (["--text_only", "--freeze_text_encoder"], "exclude each other"),
+        (["--attention_weight", "-1"], "at least 0"),
+        (["--sequence_share", "1.5"], "from 0 to 1"),
     ):
         with pytest.raises(SystemExit):
             train_scenes.main([*flags, *more])
@@ -839,12 +953,32 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
 
 
 def test_the_probe_tells_the_order_from_states_that_have_it():
-    _, pairs = probe.draw_captions(3000)
+    _, _, pairs = probe.draw_captions(3000)
     one_hot = np.eye(len(probe.CATEGORIES))
     order, both, number = probe.probe(np.c_[one_hot[pairs[:, 0]], one_hot[pairs[:, 1]]], pairs)
     assert order == both == 1 and 300 < number < 900
     order, both, _ = probe.probe(one_hot[pairs[:, 0]] + one_hot[pairs[:, 1]], pairs)
     assert 0.4 < order < 0.6 and both == 1
+
+
+def test_the_probe_of_words_tells_the_parts_of_captions_of_people(tmp_path):
+    lines = ["A dog barks, and then rain.", "A dog barks while it rains, then thunder", "Rain", "then rain"]
+    path = tmp_path / "valid.jsonl"
+    path.write_text("".join(json.dumps({"captions": line}) + "\n" for line in [*lines, ["A car before a cow"]]))
+    texts, spans = probe.read_wording(path)
+    parts = [[text[begin:end] for begin, end in each] for text, each in zip(texts, spans, strict=True)]
+    assert parts == [["A dog barks", " rain."], ["A car", " a cow"]]
+    path.write_text(json.dumps({"captions": ["Rain"]}) + "\n")
+    with pytest.raises(ValueError, match="`wording` has to have captions that name one thing and then another"):
+        probe.read_wording(path)
+
+    pipe = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32)
+    states, sounds, numbers = probe.states_of_words(pipe.tokenizer, pipe.text_encoder, texts, spans)
+    assert len(states) == len(sounds) == len(numbers) and set(zip(numbers, sounds)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    told = np.c_[1 - 2 * sounds, numbers]
+    assert probe.probe_words((told, sounds, numbers), (told, sounds, numbers)) == 1
+    turned = np.c_[np.where(numbers == 1, -1, 1) * told[:, 0], numbers]
+    assert probe.probe_words((told, sounds, numbers), (turned, sounds, numbers)) == 0.5
 
 
 # Assembling

@@ -7,6 +7,7 @@ A scene is drawn without any sound being read, so that thousands a second can be
     waveform = render(scene.events, waveforms, 81920)
 """
 
+import string
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class Scene(NamedTuple):
     captions: list  # of `str`
     categories: list  # in the order in which they are heard; of what goes on behind them all, the last
     relation: str
+    spans: list  # of each caption, by category, where its words begin and end
 
 
 def draw_part(rng, recordings, index, num_samples, from_start):
@@ -196,28 +198,77 @@ def draw_names(rng, sound):
     return phrase, clause
 
 
-def write_caption(rng, sounds, relation):
-    """One caption. `sounds` are `(caption, category, times)` in the order in which they are heard."""
+def draw_template(rng, relation, names):
+    """A template of the relation for sounds of the given names, and whether it is written with a capital letter."""
     if relation == "single":
-        phrase, clause = draw_names(rng, sounds[0])
         draw = rng.random()
-        text = phrase if draw < 0.55 else clause if draw < 0.9 else f"the sound of {phrase}"
-        text = text.replace("the sound of a sound", "a sound")
+        template = "{a}" if draw < 0.55 else "{A}" if draw < 0.9 else "the sound of {a}"
+        if names[0][0].startswith("a sound"):
+            template = template.removeprefix("the sound of ")
     else:
         templates = TEMPLATES[relation].split("; ")
-        names = [draw_names(rng, sound) for sound in sounds]
-        fields = {letter: phrase for letter, (phrase, _) in zip("abc", names, strict=False)}
-        fields |= {letter: clause for letter, (_, clause) in zip("ABC", names, strict=False)}
-        text = templates[int(rng.integers(len(templates)))].format(**fields)
+        template = templates[int(rng.integers(len(templates)))]
     draw = rng.random()
-    return text if draw < 0.5 else sentence_case(text) + ("." if draw < 0.75 else "")
+    return template + ("." if 0.5 <= draw < 0.75 else ""), draw >= 0.5
 
 
-def draw_scene(rng, recordings, num_samples, num_captions=1):
-    """A scene of the given length, of a relation and categories that are drawn."""
+def fill_template(template, names, capital=False):
+    """A caption, and where in it the words for each sound begin and end.
+
+    Args:
+        names (`list[tuple[str, str]]`): phrase and clause of each sound, in the order in which they are heard.
+
+    >>> fill_template("{b} after {A}", [("rain", "rain falls"), ("a cow", "a cow moos")])
+    ('a cow after rain falls', [(12, 22), (0, 5)])
+    """
+    text, spans = "", [(0, 0)] * len(names)
+    for words, letter, _, _ in string.Formatter().parse(template):
+        text += words
+        if letter:
+            sound = "abc".index(letter.lower())
+            name = names[sound][letter.isupper()]
+            spans[sound] = (len(text), len(text) + len(name))
+            text += name
+    return sentence_case(text) if capital else text, spans
+
+
+def write_caption_with_spans(rng, sounds, relation):
+    """One caption as `fill_template` gives it. `sounds` are `(caption, category, times)` in the order in which they
+    are heard."""
+    names = [draw_names(rng, sound) for sound in sounds]
+    template, capital = draw_template(rng, relation, names)
+    return fill_template(template, names, capital)
+
+
+def write_caption(rng, sounds, relation):
+    """The caption of `write_caption_with_spans` alone."""
+    return write_caption_with_spans(rng, sounds, relation)[0]
+
+
+def sounds_of_tokens(offsets, spans):
+    """For each token the index of the sound that it is a word for, or -1.
+
+    Args:
+        offsets (`list[tuple[int, int]]`): where in the text each token begins and ends, as tokenizers tell.
+    """
+    sounds = []
+    for begin, end in offsets:
+        inside = [i for i, span in enumerate(spans) if end > begin and span[0] <= (begin + end) / 2 < span[1]]
+        sounds.append(inside[0] if inside else -1)
+    return sounds
+
+
+def draw_scene(rng, recordings, num_samples, num_captions=1, sequence_share=None):
+    """A scene of the given length, of a relation and categories that are drawn. `sequence_share` is that of all
+    sequences together, where not the usual one of the length."""
     seconds = num_samples / SAMPLING_RATE
     shares = RELATION_SHARES[min(RELATION_SHARES, key=lambda each: abs(each - seconds))]
     shares = LONG_RELATION_SHARES if seconds > 7.5 else shares
+    if sequence_share is not None:
+        wanted = {True: sequence_share, False: 1 - sequence_share}
+        kinds = [relation.startswith("sequence") for relation in RELATIONS]
+        totals = {kind: sum(share for share, k in zip(shares, kinds, strict=True) if k == kind) for kind in wanted}
+        shares = [share * wanted[kind] / totals[kind] for share, kind in zip(shares, kinds, strict=True)]
     relation = RELATIONS[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
     number = {"single": 1, "sequence of three": 3, "sequence over background": 3}.get(relation, 2)
     categories = recordings.draw_categories(rng, number)
@@ -247,8 +298,8 @@ def make_scene(rng, recordings, num_samples, relation, categories, num_captions=
         drawn, caption, times = draw_sound(rng, recordings, category, place, length, whole)
         events += [event._replace(gain=event.gain * 10 ** (-quieter_db / 20)) for event in drawn]
         sounds.append((caption, category, times))
-    captions = [write_caption(rng, sounds, relation) for _ in range(num_captions)]
-    return Scene(events, captions, [category for _, category, _ in sounds], relation)
+    captions, spans = zip(*(write_caption_with_spans(rng, sounds, relation) for _ in range(num_captions)), strict=True)
+    return Scene(events, list(captions), [category for _, category, _ in sounds], relation, list(spans))
 
 
 def render(events, waveforms, num_samples, peak=0.7):
