@@ -1,5 +1,6 @@
 import copy
 import hashlib
+import os
 import pickle
 import platform
 import subprocess
@@ -143,13 +144,11 @@ def test_transposed_convolutions_are_the_same_function(pipe, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(9, 4), (9, 2), (2, 4), (9, 8), (1, 1)])
+@pytest.mark.parametrize("shape", [(9, 4), (9, 2), (2, 4), (9, 8), (1, 2)])
 @pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "padding": (1, 0)}, {"dilation": (1, 2), "padding": 2}])
 def test_images_of_any_shape_are_convolved_alike(shape, options):
     layer = torch.nn.Conv2d(3, 5, (3, 2), **{"padding": (1, 1), **options})
     image = torch.randn(2, 3, *shape)
-    if shape[1] + 2 * layer.padding[1] <= layer.dilation[1]:
-        pytest.skip("the kernel is larger than the image")
     expected = layer(image)
     layer.__class__ = TransposedConv2d
     assert torch.allclose(layer(image), expected, atol=1e-5)
@@ -205,9 +204,13 @@ keep_memory()
 num_page_faults()
 print(num_page_faults())
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # else glibc may come to keep these tensors by itself, which depends on what lies beside them
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, **fixed}
+    )
     without, kept = map(int, result.stdout.split())
-    assert without > 10 * kept + 100
+    assert without > 10 * kept + 40  # at least 96, with pages of 2 MiB
 
 
 @pytest.mark.parametrize("name", [None, *KERNELS])
