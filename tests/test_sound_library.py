@@ -766,7 +766,7 @@ def test_the_text_losses_are_surprise_in_nats():
 
 def test_half_of_the_heads_look_back_and_half_ahead_and_stay_so(packed):
     folder, _ = packed
-    text_encoder = train_text.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
+    text_encoder = probe.T5EncoderModel.from_pretrained(folder / "text", attn_implementation="eager").eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
     def shares():

@@ -2,11 +2,12 @@
 
     python -m examples.sound_library.probe MODEL [--wording VALID]
 
-MODEL has the folders `tokenizer` and `text_encoder`. Ridge regression on mean, maximum and minimum of the states says
-which of two sounds comes first and which two they are. It is tested on pairs of sounds that it was not fitted on, in
-either order. Another one says of each token whether it is a word for the first sound. It is fitted on the same
-captions, which are made from templates, and tested on captions that people wrote, with a word like "then" between two
-parts: whether the part before has more of the first sound than the part after. Chance is 0.5 for the order.
+MODEL has the folders `tokenizer` and `text_encoder`, or the files of both. Ridge regression on mean, maximum and
+minimum of the states says which of two sounds comes first and which two they are. It is tested on pairs of sounds that
+it was not fitted on, in either order. Another one says of each token whether it is a word for the first sound. It is
+fitted on the same captions, which are made from templates, and tested on captions that people wrote, with a word like
+"then" between two parts: whether the part before has more of the first sound than the part after. Chance is 0.5 for
+the order.
 """
 
 import argparse
@@ -72,16 +73,24 @@ def read_wording(path):
     return captions, spans
 
 
+def read_text_encoder(folder):
+    """Tokenizer and T5 encoder of a folder with both, or with a folder for each."""
+    folders = [folder / name for name in ("tokenizer", "text_encoder")]
+    folders = [each if each.is_dir() else folder for each in folders]
+    tokenizer = T5Tokenizer.from_pretrained(folders[0])
+    return tokenizer, T5EncoderModel.from_pretrained(folders[1], dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def pooled_states(tokenizer, text_encoder, captions):
     rows = []
     for start in range(0, len(captions), 250):
-        inputs = tokenizer(captions[start : start + 250], padding=True, return_tensors="pt")
+        inputs = tokenizer(captions[start : start + 250], padding=True, return_tensors="pt").to(text_encoder.device)
         states, mask = text_encoder(**inputs)[0], inputs.attention_mask[..., None]  # (batch, num_tokens, width)
         mean = (states * mask).sum(1) / mask.sum(1)
         largest, smallest = states.masked_fill(mask == 0, -1e4).amax(1), states.masked_fill(mask == 0, 1e4).amin(1)
         rows.append(torch.cat([mean, largest, smallest], 1))
-    states = torch.cat(rows).double().numpy()
+    states = torch.cat(rows).double().cpu().numpy()
     return (states - states.mean(0)) / (states.std(0) + 1e-6)
 
 
@@ -140,8 +149,7 @@ def main(argv=None):
     parser.add_argument("--wording", type=Path, help="JSON lines with `captions` of people, such as AudioCaps'")
     args = parser.parse_args(argv)
     try:
-        tokenizer = T5Tokenizer.from_pretrained(args.model / "tokenizer")
-        text_encoder = T5EncoderModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32).eval()
+        tokenizer, text_encoder = read_text_encoder(args.model)
         wording = read_wording(args.wording) if args.wording else None
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -26,10 +26,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from examples.sound_library.attention_loss import attention_loss, observe
 from examples.sound_library.pack import read_packed, recordings_of
+from examples.sound_library.probe import read_text_encoder
 from examples.sound_library.scenes import draw_scene, sounds_of_tokens
-from examples.sound_library.train_text import MAX_TOKENS, Log, decay, read_text_encoder, save
+from examples.sound_library.train_text import MAX_TOKENS, decay, open_log, save
 from pipeline_tango import TANGO_TINY, log_mel_spectrogram
-from pipeline_tango.sound_files import write_atomically
 
 
 HERE = Path(__file__).parent
@@ -581,11 +581,7 @@ def main(argv=None):
             )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_atomically(args.output_dir / "args.json", json.dumps(flags, indent=2).encode())
-    begin = {"step": state["step"], "seconds": state["seconds"], "mode": "a"} if state else {}
-    log = Log(args.output_dir, **begin)
+    log = open_log(args, **({"step": state["step"], "seconds": state["seconds"], "mode": "a"} if state else {}))
     log(num_recordings=len(index), minutes=round(len(samples) / 960000, 1))
 
     # workers are forked before CUDA is initialised

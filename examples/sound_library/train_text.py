@@ -23,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import T5EncoderModel, T5Tokenizer
 
 from examples.sound_library.build import read_manifest
-from examples.sound_library.probe import draw_captions, pooled_states, probe
+from examples.sound_library.probe import draw_captions, pooled_states, probe, read_text_encoder
 from examples.sound_library.scenes import draw_names, draw_template, fill_template, sounds_of_tokens
 from pipeline_tango.sound_files import write_atomically
 
@@ -109,20 +108,20 @@ class Log:
         self.file.flush()
 
 
+def open_log(args, **progress):
+    """Write the flags of a command to `args.json` in its `output_dir`. Returns the `Log` there."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_atomically(args.output_dir / "args.json", json.dumps(flags, indent=2).encode())
+    return Log(args.output_dir, **progress)
+
+
 def save(model, folder):
     """Write a copy of the model in float16, in place of the folder."""
     partial = folder.with_name(f".{folder.name}.part")
     copy.deepcopy(model).cpu().half().save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def read_text_encoder(folder):
-    """Tokenizer and T5 encoder of a folder with both, or with a folder for each."""
-    folders = [folder / name for name in ("tokenizer", "text_encoder")]
-    folders = [each if each.is_dir() else folder for each in folders]
-    tokenizer = T5Tokenizer.from_pretrained(folders[0])
-    return tokenizer, T5EncoderModel.from_pretrained(folders[1], dtype=torch.float32).eval()
 
 
 def decay(progress):
@@ -319,10 +318,7 @@ def main(argv=None):
         tokenizer, text_encoder = read_text_encoder(args.text_encoder)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_atomically(args.output_dir / "args.json", json.dumps(flags, indent=2).encode())
-    log, library = Log(args.output_dir), Library(read_manifest())
+    log, library = open_log(args), Library(read_manifest())
     torch.manual_seed(args.seed)
     log(num_categories=len(library.categories), num_captions=len(library.captions))
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
