@@ -61,11 +61,9 @@ def write_prompts(num_pairs=NUM_PAIRS, seed=0):
         name = ("preferences_develop", "preferences_held")[number // 3 % 2]
         lists[name].append(write_prompt(rng, pair, captions, together=number % 3 == 2))
     rng = np.random.default_rng([seed, 1])
-    number = 0
-    for pair in choose_pairs(classes, None, rng):
-        if not any(set(pair) == set(other) for other in measured):
-            lists["preferences_train"].append(write_prompt(rng, pair, captions, together=number % 3 == 2))
-            number += 1
+    others = [pair for pair in choose_pairs(classes, None, rng) if set(pair) not in map(set, measured)]
+    for number, pair in enumerate(others):
+        lists["preferences_train"].append(write_prompt(rng, pair, captions, together=number % 3 == 2))
     return lists
 
 
