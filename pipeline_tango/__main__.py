@@ -23,7 +23,16 @@ from pathlib import Path
 
 from . import TANGO_TINY, TANGO_TINY_STUDENT, __version__
 from .deferred_imports import deferred_imports
-from .presets import FAST, KERNELS, SCHEDULER_NAMES, choose_dtypes, choose_kernels, fast_settings, most_steps
+from .presets import (
+    FAST,
+    KERNELS,
+    SCHEDULER_NAMES,
+    choose_dtypes,
+    choose_kernels,
+    fast_settings,
+    is_large_model,
+    most_steps,
+)
 from .sound_files import (
     AudioFileError,
     draw_spectrogram,
@@ -874,8 +883,7 @@ def make_sounds(args, loaded=lambda: None):
             )
         todo = todo[state.process_index :: state.num_processes]
         if args.kernels is None and args.fast:
-            is_large = "deep_cache" in fast_settings(args.source)
-            args.kernels, reason = choose_kernels(dtypes, device, len(todo), is_large)
+            args.kernels, reason = choose_kernels(dtypes, device, len(todo), is_large_model(args.source))
             if not args.quiet and state.is_main_process:
                 say(f"kernels: {', '.join(args.kernels) or 'plain'} ({reason})")
         args.kernels = args.kernels or ()

@@ -22,7 +22,7 @@ from .__main__ import (
     plan_sounds,
     read_model_defaults,
 )
-from .presets import choose_dtypes, choose_kernels, fast_settings, most_steps
+from .presets import choose_dtypes, choose_kernels, fast_settings, is_large_model, most_steps
 from .sound_files import AudioFileError, open_sound
 
 
@@ -245,12 +245,12 @@ class DemoModel:
                 report(None, f"loading {short_name(model)}")
             defaults = read_model_defaults(args, dtypes)
             student = defaults["student"]
-            preset = fast_settings(args.source)
-            for name, value in preset.items() if args.fast and student is None else ():
+            for name, value in fast_settings(args.source).items() if args.fast and student is None else ():
                 if getattr(args, name) is None:
                     setattr(args, name, value)
-            is_large = "deep_cache" in preset
-            args.kernels = choose_kernels(dtypes, device, is_large=is_large)[0] if args.fast else ()
+            args.kernels = ()
+            if args.fast:
+                args.kernels, _ = choose_kernels(dtypes, device, is_large=is_large_model(args.source))
             self.load(args, device, dtypes)
         except CommandError as error:
             raise DemoError(str(error)) from error

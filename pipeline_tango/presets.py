@@ -39,12 +39,17 @@ LARGE_KERNELS = {"avx512_bf16": ("transposed-convs",)}  # and those for UNets of
 COMPILE_PAYS_FROM = 40  # sounds by --fast on a CPU with AMX: 83 s of compilation, and 2 to 3 s less for a sound
 
 
-def fast_settings(model):
-    """What `--fast` sets for a model, by the width of its UNet."""
+def is_large_model(model):
+    """Whether a model's UNet is of the released width."""
     from diffusers import UNet2DConditionModel
 
-    width = max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"])
-    return {name: value for name, value in FAST.items() if name != "deep_cache" or width >= LARGE_WIDTH}
+    return max(UNet2DConditionModel.load_config(model, subfolder="unet")["block_out_channels"]) >= LARGE_WIDTH
+
+
+def fast_settings(model):
+    """What `--fast` sets for a model, by the width of its UNet."""
+    has_deep_cache = is_large_model(model)
+    return {name: value for name, value in FAST.items() if name != "deep_cache" or has_deep_cache}
 
 
 def most_steps(model, scheduler):
