@@ -10,7 +10,6 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from examples.sound_library import (
     build,
     captions,
     compose,
+    composition,
     pair_prompts,
     probe,
     scenes,
@@ -726,7 +726,35 @@ def test_a_batch_says_of_each_token_and_place_what_is_heard(packed):
     padding = batch["tokens"][1][batch["mask"][1] == 0]
     assert len(padding) and (padding == none).all()
     assert batch["heard"].tolist() == [[[6, 6], [0, 0], [7, 7], [0, 0]], [[0, 0]] * 3 + [[6, 6]]]
-    assert batch["single"].tolist() == [False, True]
+    row, column, sound, position = batch["same"]
+    assert np.array_equal(batch["ids"][row, column], batch["alone_ids"][sound, position])
+    # this small tokenizer splits "a cow" otherwise where it stands alone
+    assert set(zip(row.tolist(), sound.tolist(), strict=True)) == {(0, 0), (1, 2)}
+    ends = column == batch["mask"][row].sum(1) - 1
+    assert ends.sum() == 1 and row[ends] == 1  # of the caption of one sound
+
+
+def test_states_are_kept_up_to_the_direction_of_a_place(packed):
+    tokenizer, text_encoder = train_text.read_text_encoder(packed[0] / "text")
+    library = train_text.Library(build.read_manifest())
+    batch = next(train_text.draw_batches(library, tokenizer, 16, seed=0))
+    batch = {name: torch.from_numpy(each) for name, each in batch.items()}
+    directions = train_text.directions_of_places(32)
+    assert not directions[3].any()
+    torch.testing.assert_close(directions @ directions.T, torch.diag(torch.tensor([8.0, 8, 8, 0])), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        kept = text_encoder(batch["alone_ids"], attention_mask=batch["alone_mask"])[0]
+    row, column, sound, position = batch["same"]
+    states = torch.full((*batch["ids"].shape, 32), torch.nan)
+    states[row, column] = kept[sound, position]
+    labels = batch["tokens"][row, column, 0]
+    share = float(((labels > 0) & (labels < 4)).float().mean())
+    distance = float(train_text.distance_to_kept(states, kept, directions, batch))
+    assert 0 < share < 1 and distance == pytest.approx(share / 4, rel=1e-4)
+    for place in (1, 2, 3):
+        at = labels == place
+        states[row[at], column[at]] += directions[place - 1]
+    assert float(train_text.distance_to_kept(states, kept, directions, batch)) < 1e-10
 
 
 def test_batches_of_captions_keep_twins_together(packed):
@@ -794,7 +822,7 @@ def test_a_text_encoder_is_trained_until_it_tells_the_order(packed, tmp_path, ca
     train_text.main(list(map(str, flags)))
     log = [json.loads(line) for line in (tmp_path / "order" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log[1:]] == [1, 2, 3]
-    assert {"place", "category", "caption", "heard", "order_told", "both_named"} <= log[-1].keys()
+    assert {"place", "category", "caption", "heard", "kept", "order_told", "both_named"} <= log[-1].keys()
     before = load_file(folder / "text" / "model.safetensors")
     after = load_file(tmp_path / "order" / "text_encoder" / "model.safetensors")
     assert any(not torch.equal(before[name].half(), after[name]) for name in after)
@@ -818,7 +846,8 @@ def test_the_loss_is_that_of_training_objective():
     timesteps = torch.tensor([0, 3, 400, 800, 999])
     weights = min_snr_weight(snr(scheduler.alphas_cumprod, timesteps), 5.0, "v_prediction")
     expected = diffusion_loss(model_pred, diffusion_target(scheduler, latents, noise, timesteps), weights).mean()
-    assert torch.equal(train_scenes.v_loss(scheduler, model_pred, latents, noise, timesteps), expected)
+    losses = train_scenes.v_losses(scheduler, model_pred, latents, noise, timesteps)
+    assert losses.shape == (5,) and torch.equal(losses.mean(), expected)
 
 
 def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
@@ -838,7 +867,7 @@ def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
     model, unused = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
     plain = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
-    both = SimpleNamespace(parameters=lambda: [*model.parameters(), *unused.parameters()])
+    both = torch.nn.ModuleList([model, unused])
     average = train_scenes.Average(both, 1e9, decay=0.5)
     expected = [p.detach().clone() for p in plain.parameters()]
     for step in range(9):
@@ -857,6 +886,72 @@ def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
     model.bfloat16()
     average.use(average.averages)
     assert all(torch.equal(p, mean.bfloat16()) for p, mean in zip(model.parameters(), average.averages))
+
+
+class Repeating(torch.nn.Module):
+    """In place of a text encoder: the ids of its tokens are its states."""
+
+    def forward(self, ids, attention_mask):
+        return (ids[..., None].float(),)
+
+
+class Telling(torch.nn.Module):
+    """In place of a UNet: predicts the noisy latents, a tenth of the timestep and the mean of the text's states."""
+
+    def forward(self, noisy, timesteps, states, encoder_attention_mask, return_dict):
+        mean = (states[..., 0] * encoder_attention_mask).sum(1) / encoder_attention_mask.sum(1)
+        return (noisy + (timesteps / 10 + mean)[:, None, None, None],)
+
+
+def test_a_teacher_is_told_of_one_sound_at_a_time():
+    teacher = composition.Teacher(Telling(), Repeating())
+    noisy = torch.randn(4, 8, 32, 4, generator=torch.Generator().manual_seed(0))
+    timesteps, num_told = torch.tensor([0, 10, 20, 30]), torch.tensor([1, 2, 1, 2])
+    ids = torch.tensor([[[1, 9], [2, 9], [3, 9], [4, 9]], [[9, 9], [6, 8], [9, 9], [8, 9]]])
+    mask = torch.tensor([[[1, 0]] * 4, [[1, 0], [1, 1], [1, 0], [1, 0]]])
+    added = teacher.targets(noisy, timesteps, num_told, ids, mask, cut=8) - noisy
+    for clip, (first, second) in enumerate(((1, 1), (3, 8), (5, 5), (7, 11))):
+        torch.testing.assert_close(added[clip, :, :8], torch.full((8, 8, 4), float(first)))
+        torch.testing.assert_close(added[clip, :, 8:], torch.full((8, 24, 4), float(second)))
+
+
+def test_a_prediction_leans_from_one_sound_to_another():
+    first, second = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0)).double()
+    for share in (0.0, 0.5, 1.0, 1.5):
+        leaning = composition.leaning(share * first + (1 - share) * second, first, second)
+        torch.testing.assert_close(leaning, torch.full((3,), 2 * share - 1), atol=1e-5, rtol=0)
+
+
+def test_a_teacher_is_asked_of_early_timesteps_more_often():
+    torch.manual_seed(0)
+    told = torch.arange(8000) % 2 == 0
+    early = composition.draw_timesteps(told, 1000) >= composition.EARLY
+    share = 1 - composition.EARLY / 1000
+    assert float(early[~told].float().mean()) == pytest.approx(share, abs=0.03)
+    expected = composition.EARLY_SHARE + (1 - composition.EARLY_SHARE) * share
+    assert float(early[told].float().mean()) == pytest.approx(expected, abs=0.03)
+
+
+def test_a_batch_with_a_common_cut_says_what_a_teacher_is_told(packed):
+    folder, _ = packed
+    samples, index = packing.read_packed(folder / "recordings")
+    recordings = packing.recordings_of(samples, index, "train")
+    tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
+    lengths = {81920: (24, 1.0)}
+    batches = train_scenes.SceneBatches(recordings, tokenizer, lengths, seed=3, sequence_share=0.6, common_cut=True)
+    cuts = set()
+    for number in range(4):
+        batch = batches[number]
+        cuts.add(batch["cut"])
+        assert 48 <= batch["cut"] <= 80 and batch["cut"] % train_scenes.FRAMES_OF_CUTS == 0
+        begins = [np.flatnonzero(heard[:, 1])[0] for heard in batch["heard"][batch["num_told"] == 2]]
+        assert len(begins) > 2 and all(-2 <= begin - batch["cut"] <= 6 for begin in begins)
+        for row, told in enumerate(batch["num_told"]):
+            for sound in range(told):
+                words = tokenizer.decode(batch["alone_ids"][sound, row], skip_special_tokens=True)
+                named = tokenizer.decode(batch["ids"][row][batch["words"][row] == sound])
+                assert words and named.lower().endswith(words[1:].lower())
+    assert len(cuts) > 1 and {0, 1, 2} == set(batch["num_told"])
 
 
 def test_training_on_scenes_gives_components_that_assemble_to_a_pipeline(packed, tmp_path, capsys):
@@ -917,6 +1012,16 @@ def test_training_on_scenes_goes_on_where_it_was_stopped(packed, tmp_path, capsy
 
     whole, log = run("whole")
     assert whole.keys() == {"unet", "text_encoder"} and max(entry["step"] for entry in log) == 6
+    assert not any("teacher" in name for entry in log for name in entry)
+    common += ["--teacher", tmp_path / "whole", "--unet", tmp_path / "whole" / "unet"]
+    common += ["--trained", "attn2.to_q", "attn2.to_k"]
+    whole, log = run("taught")
+    assert {"teacher_loss", "teacher_single", "teacher_sequence", "leaning_first", "leaning_second"} <= {
+        name for entry in log for name in entry
+    }
+    before = load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors")
+    changed = {name for name, each in before.items() if not torch.equal(each, whole["unet"][name])}
+    assert changed and all("attn2.to_q" in name or "attn2.to_k" in name for name in changed)
     text = load_file(folder / "text" / "model.safetensors")
     assert all(torch.equal(text[name].half(), each) for name, each in whole["text_encoder"].items())
     checkpoint = ["--checkpoint", tmp_path / "checkpoint", "--save_every", 0]
@@ -940,11 +1045,18 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
     flags = [str(folder / "recordings"), "--text_encoder", str(folder / "text"), "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="`unet_config` .* `cross_attention_dim` 32 of the text encoder, not 256"):
         train_scenes.main([*flags, "--device", "cpu"])
+    flags += ["--device", "cpu"]
+    with pytest.raises(SystemExit, match="`teacher` has to have the tokenizer of"):
+        train_scenes.main([*flags, "--teacher", TANGO_TINY])
+    with pytest.raises(SystemExit, match="`trained` has to name parameters of the UNet; none has 'attn9' in its name"):
+        train_scenes.main([*flags, "--trained", "attn2", "attn9"])
     for more, message in (
         (["--seconds", "50"], "--seconds has to be more than 54"),
         (["--vae", "x"], "`vae`"),
         (["--unet", "x"], "`unet`"),
+        (["--teacher", "x"], "`teacher`"),
         (["--attention_weight", "-1"], "at least 0"),
+        (["--teacher_weight", "-1"], "at least 0"),
         (["--sequence_share", "1.5"], "from 0 to 1"),
     ):
         with pytest.raises(SystemExit):

@@ -258,9 +258,10 @@ def sounds_of_tokens(offsets, spans):
     return sounds
 
 
-def draw_scene(rng, recordings, num_samples, num_captions=1, sequence_share=None):
+def draw_scene(rng, recordings, num_samples, num_captions=1, sequence_share=None, cut=None):
     """A scene of the given length, of a relation and categories that are drawn. `sequence_share` is that of all
-    sequences together, where not the usual one of the length."""
+    sequences together, where not the usual one of the length. `cut` is the sample at which the second of two sounds in
+    sequence begins, where it is not drawn."""
     seconds = num_samples / SAMPLING_RATE
     shares = RELATION_SHARES[min(RELATION_SHARES, key=lambda each: abs(each - seconds))]
     shares = LONG_RELATION_SHARES if seconds > 7.5 else shares
@@ -274,16 +275,17 @@ def draw_scene(rng, recordings, num_samples, num_captions=1, sequence_share=None
     categories = recordings.draw_categories(rng, number)
     if len(categories) < number:
         relation, categories = "single", categories[:1]
-    return make_scene(rng, recordings, num_samples, relation, categories, num_captions)
+    return make_scene(rng, recordings, num_samples, relation, categories, num_captions, cut)
 
 
-def make_scene(rng, recordings, num_samples, relation, categories, num_captions=1):
-    """A scene of sounds of the given categories, in the order in which they are heard."""
+def make_scene(rng, recordings, num_samples, relation, categories, num_captions=1, cut=None):
+    """A scene of sounds of the given categories, in the order in which they are heard. See `draw_scene` for `cut`."""
     stretches = [(0, num_samples)] * len(categories)
     if relation.startswith("sequence"):
         number = len(categories) - (relation == "sequence over background")
         cuts = (np.arange(1, number) + rng.uniform(-0.25, 0.25, number - 1)) / number * num_samples
-        edges = [0, *cuts.astype(int).tolist(), num_samples]
+        cuts = [cut] if cut is not None and relation == "sequence" else cuts.astype(int).tolist()
+        edges = [0, *cuts, num_samples]
         overlap = int(rng.uniform(0.0, 1.0) * CROSSFADE)
         starts = [max(edge - overlap // 2, 0) for edge in edges[:-1]]
         ends = [min(edge + overlap // 2, num_samples) for edge in edges[1:]]

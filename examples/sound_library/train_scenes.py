@@ -4,11 +4,11 @@
 
 PACKED is written by `examples.sound_library.pack`, TEXT by `examples.sound_library.train_text`, whose text encoder is
 left as it is. Worker processes draw the scenes, and the GPU mixes them, so that no two steps see the same clip. Beside
-the diffusion loss there is one on the UNet's cross-attention (`attention_loss.py`). Then the decoder of the VAE is
-trained. OUT gets folders of components for `assemble.py --components`, with averaged weights in float16, and
-`args.json` and `log.jsonl` for its `--runs`. With `--checkpoint FILE` the training of the UNet can be stopped and goes
-on, by the same command, from the last time that it was saved; with `--max_steps` it then gives the same weights as
-without the stop.
+the diffusion loss there is one on the UNet's cross-attention (`attention_loss.py`), and with `--teacher RUN` one on
+the difference to a UNet that is told one sound at a time (`composition.py`). Then the decoder of the VAE is trained.
+OUT gets folders of components for `assemble.py --components`, with averaged weights in float16, and `args.json` and
+`log.jsonl` for its `--runs`. With `--checkpoint FILE` the training of the UNet can be stopped and goes on, by the same
+command, from the last time that it was saved; with `--max_steps` it then gives the same weights as without the stop.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from examples.sound_library.attention_loss import attention_loss, observe
+from examples.sound_library.composition import Teacher, draw_timesteps, leaning
 from examples.sound_library.pack import read_packed, recordings_of
 from examples.sound_library.probe import read_text_encoder
 from examples.sound_library.scenes import draw_scene, sounds_of_tokens
@@ -36,6 +37,10 @@ HERE = Path(__file__).parent
 LENGTH_SHARES = {40960: 0.15, 81920: 0.6, 163840: 0.25}  # samples of a clip -> share of the batches
 SAMPLES_PER_FRAME = 640  # of the latents
 MAX_SOUNDS = 3  # of a scene
+FRAMES_OF_CUTS = 8  # of the latents, whose multiple a common cut is
+FRAMES_OF_PARTS = 64  # that a teacher needs for each sound, on average
+LEANING_TIMESTEP = 937  # of 1000: almost nothing but noise
+TOLD_WEIGHT = 0.25  # of the diffusion loss of clips with a teacher's target
 LATENT_NOISE = 0.02  # standard deviation of the VAE's posterior
 SAVING_IN_S = 14  # reserved for validating and saving at the end
 SCHEDULER_CONFIG = {  # that of `training.train`
@@ -68,6 +73,19 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=128, help="clips of 5.12 s; double of 2.56, half of 10.24")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the UNet")
     parser.add_argument("--attention_weight", type=float, default=0.1, help="of the loss on the cross-attention")
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="folder with unet and text_encoder, of another run, that are told the sounds of a scene one by one",
+    )
+    parser.add_argument("--teacher_weight", type=float, default=0.5, help="of the difference to its predictions")
+    parser.add_argument(
+        "--trained",
+        nargs="+",
+        default=[""],
+        metavar="PART",
+        help="parts of the names of the UNet's parameters to train, as attn2.to_q (default: all)",
+    )
     parser.add_argument("--lr_warmup_steps", type=int, default=200, help="steps of linear warm-up")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
     parser.add_argument("--num_workers", type=int, default=max((os.cpu_count() or 2) - 3, 0), help="of the scenes")
@@ -94,8 +112,8 @@ def parse_args(argv=None):
     parser.add_argument("--max_recordings", type=int, help="read about so many recordings only")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    if min(args.decoder_seconds, args.attention_weight) < 0:
-        parser.error("--decoder_seconds and --attention_weight have to be at least 0")
+    if min(args.decoder_seconds, args.attention_weight, args.teacher_weight) < 0:
+        parser.error("--decoder_seconds, --attention_weight and --teacher_weight have to be at least 0")
     if args.seconds <= args.decoder_seconds + SAVING_IN_S:
         parser.error(
             f"--seconds has to be more than {args.decoder_seconds + SAVING_IN_S:g}: those of the decoder, and "
@@ -105,7 +123,7 @@ def parse_args(argv=None):
         parser.error("--batch_size and --max_steps have to be at least 1, and --num_workers not negative")
     if args.sequence_share is not None and not 0 <= args.sequence_share <= 1:
         parser.error("--sequence_share has to be from 0 to 1")
-    for name in ("packed", "text_encoder", "vae", "unet"):
+    for name in ("packed", "text_encoder", "vae", "unet", "teacher"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"`{name}` has to be a folder, not {getattr(args, name)}")
     return args
@@ -122,11 +140,13 @@ class SceneBatches(torch.utils.data.Dataset):
             the share of the batches.
         sequence_share (`float`, *optional*): share of the scenes that are sequences, where not that of `scenes`.
         start (`int`): number of the first batch.
+        common_cut (`bool`): let the second of two sounds in sequence begin at the same frame in all clips of a batch,
+            and add what a teacher is told (see `sounds_alone`).
     """
 
-    def __init__(self, recordings, tokenizer, lengths, seed, sequence_share=None, start=0):
+    def __init__(self, recordings, tokenizer, lengths, seed, sequence_share=None, start=0, common_cut=False):
         self.recordings, self.tokenizer, self.lengths, self.seed = recordings, tokenizer, lengths, seed
-        self.sequence_share, self.start = sequence_share, start
+        self.sequence_share, self.start, self.common_cut = sequence_share, start, common_cut
 
     def __len__(self):
         return 10**7
@@ -134,11 +154,31 @@ class SceneBatches(torch.utils.data.Dataset):
     def __getitem__(self, i):
         rng = np.random.default_rng([self.seed, self.start + i])
         num_samples = int(rng.choice(list(self.lengths), p=[share for _, share in self.lengths.values()]))
+        cut = None
+        if self.common_cut:
+            num_frames = num_samples // SAMPLES_PER_FRAME
+            cut = FRAMES_OF_CUTS * round(num_frames * rng.uniform(0.375, 0.625) / FRAMES_OF_CUTS) * SAMPLES_PER_FRAME
         scenes = [
-            draw_scene(rng, self.recordings, num_samples, sequence_share=self.sequence_share)
+            draw_scene(rng, self.recordings, num_samples, sequence_share=self.sequence_share, cut=cut)
             for _ in range(self.lengths[num_samples][0])
         ]
-        return self.as_arrays(scenes, num_samples, rng) | {"number": self.start + i}
+        arrays = self.as_arrays(scenes, num_samples, rng)
+        if self.common_cut:
+            arrays |= self.sounds_alone(scenes) | {"cut": cut // SAMPLES_PER_FRAME}
+        return arrays | {"number": self.start + i}
+
+    def sounds_alone(self, scenes):
+        """What a teacher is told of a scene of one sound, or of two in sequence: `num_told` `(batch,)`, 0 for other
+        scenes, and token ids and attention mask of the words for each, both `(2, batch, MAX_TOKENS)`."""
+        num_told = [{"single": 1, "sequence": 2}.get(scene.relation, 0) for scene in scenes]
+        captions = []
+        for sound in range(2):
+            for scene, number in zip(scenes, num_told, strict=True):
+                caption, spans = scene.captions[0], scene.spans[0]
+                captions.append("" if sound >= number else caption[slice(*spans[sound])])
+        ids, mask, _ = self.tokens(captions)
+        shape = 2, len(scenes), MAX_TOKENS
+        return {"num_told": np.array(num_told), "alone_ids": ids.reshape(shape), "alone_mask": mask.reshape(shape)}
 
     def tokens(self, captions, spans=None):
         """Token ids, attention mask, and the sound that each token is a word for, or -1; all `(batch, MAX_TOKENS)`."""
@@ -199,14 +239,15 @@ def validation_scenes(batches, num_scenes):
     }
     chosen = {kind: [] for kind in kinds}
     for number in range(200 * num_scenes):
-        scene = draw_scene(np.random.default_rng([26, number]), batches.recordings, 81920)
+        scene = draw_scene(np.random.default_rng([26, number]), batches.recordings, 81920, cut=40960)
         for kind, wanted in kinds.items():
             if wanted(scene) and len(chosen[kind]) < num_scenes:
                 chosen[kind].append(scene)
         if all(len(scenes) == num_scenes for scenes in chosen.values()):
             break
     rng = np.random.default_rng(27)
-    return {k: (scenes, batches.as_arrays(scenes, 81920, rng)) for k, scenes in chosen.items() if scenes}
+    arrays = {k: (s, batches.as_arrays(s, 81920, rng)) for k, s in chosen.items() if s}
+    return {k: (s, a | batches.sounds_alone(s) | {"cut": 64}) for k, (s, a) in arrays.items()}
 
 
 def load_batches(dataset, num_workers):
@@ -291,43 +332,47 @@ def linear_encoder(vae):
 # Losses
 
 
-def v_loss(scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0):
-    """Mean squared error of v with min-SNR weights: that of `training.objective`, which examples may not import."""
+def v_losses(scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0):
+    """Squared errors of v `(batch,)` with min-SNR weights, whose mean is the loss of `training.objective`, which
+    examples may not import."""
     alpha_squared = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha_squared / (1 - alpha_squared)
     weights = snr.clamp(max=snr_gamma) / (snr + 1)  # Hang et al. 2023, arXiv 2303.09556
     target = scheduler.get_velocity(latents, noise, timesteps)
     errors = F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(1)
-    return (errors * weights).mean()
+    return errors * weights
 
 
 class Models:
-    """UNet and text encoder, which is frozen, with the empty prompt that text is dropped for."""
+    """UNet and text encoder, which is frozen, with the empty prompt that text is dropped for, and maybe a teacher."""
 
-    def __init__(self, unet, text_encoder, scheduler, empty):
+    def __init__(self, unet, text_encoder, scheduler, empty, teacher=None):
         self.unet, self.text_encoder, self.scheduler = unet, text_encoder.eval().requires_grad_(False), scheduler
         self.empty_ids, self.empty_mask = empty
+        self.teacher = teacher
         self.observed = observe(unet)
 
     def losses(self, sounds, batch, generator=None, drop=0.1, num_clips=None):
-        """Diffusion loss and loss on the cross-attention, averages over the first `num_clips` of a batch.
+        """Diffusion loss, loss on the cross-attention, and difference to the teacher's prediction, averages over the
+        first `num_clips` of a batch.
 
         Args:
             generator (`torch.Generator`, *optional*): of noise at fixed timesteps, for validation.
             drop (`float`): share of the captions that are replaced by the empty prompt.
         """
         latents = sounds.latents(batch)[:num_clips]
-        ids, mask, words, heard = (
-            torch.from_numpy(batch[name][:num_clips]).to(latents.device) for name in ("ids", "mask", "words", "heard")
-        )
+        names = ("ids", "mask", "words", "heard")
+        ids, mask, words, heard = (self.on_device(batch[name])[:num_clips] for name in names)
         empty = torch.rand(len(ids), device=latents.device) < drop
         ids = torch.where(empty[:, None], self.empty_ids, ids)
         mask = torch.where(empty[:, None], self.empty_mask, mask)
         words = torch.where(empty[:, None], -1, words)
+        num_told = self.num_told(batch, latents.shape[2])[:num_clips] * ~empty
+        told, weights = num_told > 0, torch.where(num_told > 0, TOLD_WEIGHT, 1.0)
         num_timesteps = self.scheduler.config.num_train_timesteps
         if generator is None:
             noise = torch.randn_like(latents)
-            timesteps = torch.randint(num_timesteps, (len(latents),), device=latents.device)
+            timesteps = draw_timesteps(told, num_timesteps)
         else:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             timesteps = (torch.arange(len(latents), device=latents.device) * 125 + 62) % num_timesteps
@@ -336,7 +381,41 @@ class Models:
         states = states.to(self.unet.dtype)
         model_pred = self.unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
         attention = attention_loss(self.observed, words, heard, latents.shape[2:])
-        return v_loss(self.scheduler, model_pred, latents, noise, timesteps), attention
+        diffusion = (weights * v_losses(self.scheduler, model_pred, latents, noise, timesteps)).mean()
+        if not told.any():
+            return diffusion, attention, torch.zeros_like(diffusion)
+        ids, mask = (self.on_device(batch[name])[:, :num_clips][:, told] for name in ("alone_ids", "alone_mask"))
+        targets = self.teacher.targets(noisy[told], timesteps[told], num_told[told], ids, mask, batch["cut"])
+        return diffusion, attention, (model_pred[told] - targets).float().square().mean() * told.float().mean()
+
+    def leanings(self, batch):
+        """How far what is predicted of noise for sequences of two leans to the first sound, before the second begins
+        and after: 1 and -1 if the UNet gives what the teacher gives that is told one sound at a time."""
+        ids, mask, alone_ids, alone_mask = (
+            self.on_device(batch[name]) for name in ("ids", "mask", "alone_ids", "alone_mask")
+        )
+        shape = len(ids), self.unet.config.in_channels, batch["num_samples"] // SAMPLES_PER_FRAME, 16
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(ids.device, self.unet.dtype)
+        timesteps = torch.full((len(ids),), LEANING_TIMESTEP, device=ids.device)
+        states = self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
+        prediction = self.unet(noise, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+        means = []
+        for frames in (slice(None, batch["cut"]), slice(batch["cut"], None)):
+            part = noise[:, :, frames].contiguous()
+            told = [self.teacher.predict(part, timesteps, alone_ids[i], alone_mask[i]) for i in range(2)]
+            means.append(round(float(leaning(prediction[:, :, frames], *told).mean()), 3))
+        return means
+
+    def on_device(self, array):
+        return torch.from_numpy(array).to(self.empty_ids.device)
+
+    def num_told(self, batch, num_frames):
+        """Of how many sounds the teacher is told of each scene `(batch,)`: of none where their parts would be shorter
+        than what it was trained on."""
+        if self.teacher is None or "cut" not in batch:
+            return torch.zeros(len(batch["ids"]), dtype=torch.long, device=self.empty_ids.device)
+        num_told = self.on_device(batch["num_told"])
+        return num_told * (num_told <= num_frames // FRAMES_OF_PARTS)
 
 
 # Training
@@ -359,11 +438,11 @@ def faster_layout(models, sounds, batch):
 
 
 class Average:
-    """The weights of a model in float32, which are optimized whatever the model's dtype, and their exponential moving
-    average."""
+    """The weights of a model that require a gradient, in float32, which are optimized whatever the model's dtype, and
+    their exponential moving average."""
 
     def __init__(self, model, learning_rate, decay):
-        self.parameters, self.decay = list(model.parameters()), decay
+        self.parameters, self.decay = [p for p in model.parameters() if p.requires_grad], decay
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.averages = [p.clone() for p in self.weights]
         for weight in self.weights:
@@ -403,8 +482,9 @@ class Average:
         self.use(self.weights)
 
 
-KEPT_FLAGS = ("text_encoder", "batch_size", "learning_rate", "lr_warmup_steps", "ema_decay", "max_steps", "dtype")
-KEPT_FLAGS += ("attention_weight", "sequence_share", "max_recordings")  # when a run goes on
+KEPT_FLAGS = ("text_encoder", "teacher", "batch_size", "learning_rate", "trained", "lr_warmup_steps")
+KEPT_FLAGS += ("ema_decay", "max_steps", "dtype", "attention_weight", "teacher_weight", "sequence_share")
+KEPT_FLAGS += ("max_recordings",)  # when a run goes on
 
 
 def read_checkpoint(args):
@@ -448,6 +528,8 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         layout, seconds = faster_layout(models, sounds, next(batches))
         unet.to(memory_format=layout)
         log(memory_format=str(layout), seconds_per_step=seconds)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(any(part in name for part in args.trained))
     average = Average(unet, args.learning_rate, args.ema_decay)
     num_batches, num_clips = state.get("num_batches", 0), state.get("num_clips", 0)
     if state:
@@ -463,10 +545,14 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         random = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
         for kind, (_, batch) in validation.items():
             torch.manual_seed(3)
-            loss, attention = models.losses(sounds, batch, torch.Generator(device).manual_seed(3), drop=0)
+            loss, attention, told = models.losses(sounds, batch, torch.Generator(device).manual_seed(3), drop=0)
             figures[f"validation_{kind}"] = round(float(loss), 5)
+            if told:
+                figures[f"teacher_{kind}"] = round(float(told), 5)
             if kind in ("sequence", "three"):
                 figures[f"attention_{kind}"] = round(float(attention), 4)
+        if models.teacher is not None and "sequence" in validation:
+            figures["leaning_first"], figures["leaning_second"] = models.leanings(validation["sequence"][1])
         torch.set_rng_state(random[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(random[1])
@@ -488,8 +574,9 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         progress = log.step / args.max_steps if args.max_steps else progress
         learning_rate = args.learning_rate * decay(progress) * min(1, (log.step + 1) / args.lr_warmup_steps)
         try:
-            loss, attention = models.losses(sounds, batch, num_clips=max(len(batch["ids"]) // parts, 1))
-            (loss + args.attention_weight * attention).backward()
+            losses = models.losses(sounds, batch, num_clips=max(len(batch["ids"]) // parts, 1))
+            weights = 1.0, args.attention_weight, args.teacher_weight
+            sum(weight * loss for weight, loss in zip(weights, losses, strict=True)).backward()
         except torch.cuda.OutOfMemoryError:
             unet.zero_grad()
             torch.cuda.empty_cache()
@@ -499,12 +586,14 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         norm = average.update(log.step, learning_rate)
         log.step += 1
         num_clips += len(batch["ids"]) // parts
-        recent.append(torch.stack([loss.detach(), attention.detach()]))
+        recent.append(torch.stack(losses).detach())
         if log.step in (1, 10) or log.seconds() - logged > 10:
             means = torch.stack(recent).mean(0).tolist()
             if not all(map(math.isfinite, means)):
                 raise ValueError(f"the loss is {means[0]} at step {log.step}; the last saved weights are from before.")
             rates = {"lr": float(f"{learning_rate:.3g}"), "grad_norm": round(float(norm), 3), "num_clips": num_clips}
+            if models.teacher is not None:
+                rates["teacher_loss"] = round(means[2], 5)
             log(loss=round(means[0], 5), attention_loss=round(means[1], 4), **rates)
             recent, logged = [], log.seconds()
         if log.seconds() - saved > args.save_every:
@@ -557,6 +646,19 @@ def train_decoder(vae, sounds, batches, validation, args, log):
         save(vae, args.output_dir / "vae")
 
 
+def read_teacher(args, tokenizer):
+    """The `Teacher` of `args.teacher`.
+
+    Raises:
+        ValueError: if its tokenizer is another, so that the same numbers are other words to it.
+    """
+    own_tokenizer, text_encoder = read_text_encoder(args.teacher)
+    if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"`teacher` has to have the tokenizer of {args.text_encoder}; {args.teacher} has another.")
+    unet = UNet2DConditionModel.from_pretrained(args.teacher / "unet", torch_dtype=torch.float32)
+    return Teacher(unet.to(args.device, getattr(torch, args.dtype)), text_encoder.to(args.device))
+
+
 def main(argv=None):
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -572,8 +674,12 @@ def main(argv=None):
             unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32)
         else:
             unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
+        teacher = args.teacher and read_teacher(args, tokenizer)
         vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         encoder = linear_encoder(vae)
+        unknown = [part for part in args.trained if not any(part in name for name, _ in unet.named_parameters())]
+        if unknown:
+            raise ValueError(f"`trained` has to name parameters of the UNet; none has {unknown[0]!r} in its name.")
         if unet.config.cross_attention_dim != text_encoder.config.d_model:
             raise ValueError(
                 f"`{'unet' if args.unet else 'unet_config'}` has to have the `cross_attention_dim` "
@@ -588,7 +694,8 @@ def main(argv=None):
     recordings = recordings_of(samples, index, "train")
     counts = {length: max(args.batch_size * 81920 // length, 1) for length in LENGTH_SHARES}
     lengths = {length: (counts[length], share) for length, share in LENGTH_SHARES.items()}
-    scenes = SceneBatches(recordings, tokenizer, lengths, 24, args.sequence_share, state.get("num_batches", 0))
+    start = state.get("num_batches", 0)
+    scenes = SceneBatches(recordings, tokenizer, lengths, 24, args.sequence_share, start, teacher is not None)
     batches = load_batches(scenes, args.num_workers)
     held_out = recordings_of(samples, index, "heldout")
     validation = {}
@@ -599,7 +706,7 @@ def main(argv=None):
     sounds = Sounds(samples, encoder, vae.config.scaling_factor, device)
     vae.to(device)
     empty = [torch.from_numpy(each).to(device) for each in scenes.tokens([""])[:2]]
-    models = Models(unet.to(device), text_encoder.to(device), DDPMScheduler(**SCHEDULER_CONFIG), empty)
+    models = Models(unet.to(device), text_encoder.to(device), DDPMScheduler(**SCHEDULER_CONFIG), empty, teacher)
     sizes = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in ("unet", "text_encoder")}
     log(num_parameters=sizes, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
 

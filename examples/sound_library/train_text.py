@@ -47,6 +47,7 @@ RELATION_SHARES = {
 }
 TURNED = {"sequence of three": (2, 1, 0), "sequence over background": (1, 0, 2)}  # other orders than "B then A"
 NUM_DRAWN = 16  # batches of captions that are drawn together, and sorted by length
+PLACE_SIZE = 0.5  # root mean square of what is added to states for a place
 IGNORED = -100  # label without a loss, which is what torch takes for one
 
 
@@ -74,8 +75,8 @@ def parse_args(argv=None):
         "--keep_weight",
         type=float,
         default=0.0,
-        help="weight of the squared distance to the states that captions of single sounds had at the start, which a "
-        "trained UNet knows",
+        help="weight of the squared distance to the states that the words for each sound had alone at the start, "
+        "which a trained UNet knows, plus a direction for the place",
     )
     parser.add_argument("--save_every", type=float, default=60, help="seconds between two times of probing and saving")
     parser.add_argument("--num_probed", type=int, default=3000, help="captions of the probe")
@@ -173,7 +174,9 @@ def as_arrays(tokenizer, drawn):
     Returns:
         `dict`: `ids` and `mask` `(batch, num_tokens)`; `tokens` `(batch, num_tokens, 3)`, of each token 1 + place, or
         0 for words that join, category and caption; `heard` `(batch, 4, 2)`, of each place 1 + category of the first
-        and of the last sound, or 0 where nothing is heard; `single` `(batch,)`, whether the caption has one sound.
+        and of the last sound, or 0 where nothing is heard; `alone_ids` and `alone_mask` `(num_sounds, num_tokens)`,
+        the words for each sound alone; `same` `(4, num_same)`, row and column of the tokens for sounds, and row and
+        column in `alone_ids` of the same ones.
     """
     texts = [text for text, _ in drawn]
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_offsets_mapping=True)
@@ -190,8 +193,25 @@ def as_arrays(tokenizer, drawn):
             heard[row, sound.place, 1] = 1 + sound.category
             if not heard[row, sound.place, 0]:
                 heard[row, sound.place, 0] = 1 + sound.category
-    single = np.array([len(sounds) == 1 for _, sounds in drawn])
-    return {"ids": ids, "mask": mask, "tokens": tokens, "heard": heard, "single": single}
+    alone = tokenizer(
+        [text[sound.start : sound.end] for text, sounds in drawn for sound in sounds],
+        padding=True,
+        truncation=True,
+        max_length=MAX_TOKENS,
+        return_tensors="np",
+    )
+    same, number = [], 0
+    for row, (_, sounds) in enumerate(drawn):
+        of_tokens = np.array(sounds_of_tokens(inputs["offset_mapping"][row], sounds))
+        for sound in range(len(sounds)):
+            columns = np.flatnonzero(of_tokens == sound)
+            if len(sounds) == 1 and mask[row].sum() == len(columns) + 1:
+                columns = np.append(columns, columns[-1] + 1)  # the end of the text, too
+            if np.array_equal(ids[row, columns], alone["input_ids"][number, : len(columns)]):
+                same += [(row, column, number, i) for i, column in enumerate(columns)]
+            number += 1
+    arrays = {"ids": ids, "mask": mask, "tokens": tokens, "heard": heard, "same": np.array(same).reshape(-1, 4).T}
+    return arrays | {"alone_ids": alone["input_ids"], "alone_mask": alone["attention_mask"]}
 
 
 def draw_batches(library, tokenizer, batch_size, seed):
@@ -242,6 +262,24 @@ def text_losses(heads, states, batch):
     return losses | {"heard": sum(heard).sum(1).mean() / 2}
 
 
+def directions_of_places(width):
+    """What the states of words have more for each place, `(4, width)`: nothing where a sound goes on throughout."""
+    directions = torch.randn(width, len(PLACES) - 1, generator=torch.Generator().manual_seed(0))
+    directions = torch.linalg.qr(directions)[0].T * PLACE_SIZE * width**0.5
+    return torch.cat([directions, torch.zeros(1, width)])
+
+
+def distance_to_kept(states, kept, directions, batch):
+    """Mean squared difference of the states of words for sounds to those they have alone, plus the place's direction.
+
+    Args:
+        kept (`torch.Tensor` of shape `(num_sounds, num_tokens, width)`): the states of the words for each sound alone.
+    """
+    row, column, sound, position = batch["same"]
+    places = batch["tokens"][row, column, 0] - 1  # of the end of a text, which has no place: that of throughout, -1
+    return (states[row, column] - kept[sound, position] - directions[places]).square().mean()
+
+
 @torch.no_grad()
 def look_to_both_sides(text_encoder, strength=3.0):
     """Let the first half of the attention heads look at earlier tokens and the others at later ones, where they do not
@@ -275,6 +313,7 @@ def train(text_encoder, tokenizer, library, args, log):
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     captions, _, pairs = draw_captions(args.num_probed)
+    directions = directions_of_places(text_encoder.config.d_model).to(device)
 
     def report():
         order, both, _ = probe(pooled_states(tokenizer, text_encoder, captions), pairs)
@@ -288,10 +327,9 @@ def train(text_encoder, tokenizer, library, args, log):
         batch = {name: torch.from_numpy(each).to(device) for name, each in batch.items()}
         states = text_encoder(batch["ids"], attention_mask=batch["mask"])[0]
         losses = text_losses(heads, states, batch)
-        single = batch["single"]
-        if args.keep_weight and single.any():
-            kept = before(batch["ids"][single], attention_mask=batch["mask"][single])[0]
-            losses["kept"] = (states[single] - kept)[batch["mask"][single] > 0].square().mean()
+        if args.keep_weight:
+            kept = before(batch["alone_ids"], attention_mask=batch["alone_mask"])[0]
+            losses["kept"] = distance_to_kept(states, kept, directions, batch)
         weights = {"caption": 0.3, "kept": args.keep_weight}
         sum(weights.get(name, 1.0) * loss for name, loss in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_([*text_encoder.parameters(), *heads.parameters()], 1.0)
