@@ -716,7 +716,7 @@ def test_a_batch_says_of_each_token_and_place_what_is_heard(packed):
     tokenizer, _ = train_text.read_text_encoder(packed[0] / "text")
     sounds = [train_text.Sound(0, 4, 0, 5, 50), train_text.Sound(10, 15, 2, 6, 60)]
     drawn = [("rain, then a cow", sounds), ("rain", [train_text.Sound(0, 4, 3, 5, 50)])]
-    batch = train_text.as_arrays(tokenizer, drawn)
+    batch = train_text.as_arrays(tokenizer, drawn, alone=True)
     words = {}
     for token, label in zip(batch["ids"][0], batch["tokens"][0].tolist()):
         words.setdefault(tuple(label), []).append(token)
@@ -737,7 +737,7 @@ def test_a_batch_says_of_each_token_and_place_what_is_heard(packed):
 def test_states_are_kept_up_to_the_direction_of_a_place(packed):
     tokenizer, text_encoder = train_text.read_text_encoder(packed[0] / "text")
     library = train_text.Library(build.read_manifest())
-    batch = next(train_text.draw_batches(library, tokenizer, 16, seed=0))
+    batch = next(train_text.draw_batches(library, tokenizer, 16, seed=0, alone=True))
     batch = {name: torch.from_numpy(each) for name, each in batch.items()}
     directions = train_text.directions_of_places(32)
     assert not directions[3].any()
@@ -1055,6 +1055,7 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
         (["--vae", "x"], "`vae`"),
         (["--unet", "x"], "`unet`"),
         (["--teacher", "x"], "`teacher`"),
+        (["--teacher", str(folder)], "has no folder unet"),
         (["--attention_weight", "-1"], "at least 0"),
         (["--teacher_weight", "-1"], "at least 0"),
         (["--sequence_share", "1.5"], "from 0 to 1"),

@@ -24,6 +24,12 @@ def leaning(prediction, first, second):
     return 2 * ((prediction - (first + second) / 2) * difference).sum(1) / difference.square().sum(1)
 
 
+def predict(unet, text_encoder, noisy, timesteps, ids, mask):
+    """What a UNet predicts of noisy latents, told the text of the token ids."""
+    states = text_encoder(ids, attention_mask=mask)[0].to(noisy.dtype)
+    return unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+
+
 class Teacher:
     """A frozen UNet with its text encoder, which are told of the sounds of a scene one by one."""
 
@@ -32,8 +38,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, noisy, timesteps, ids, mask):
-        states = self.text_encoder(ids, attention_mask=mask)[0].to(noisy.dtype)
-        return self.unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+        return predict(self.unet, self.text_encoder, noisy, timesteps, ids, mask)
 
     def targets(self, noisy, timesteps, num_told, ids, mask, cut):
         """What is predicted of scenes of one sound, or of two of which the second begins at `cut`.

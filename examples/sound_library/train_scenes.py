@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from examples.sound_library.attention_loss import attention_loss, observe
-from examples.sound_library.composition import Teacher, draw_timesteps, leaning
+from examples.sound_library.composition import Teacher, draw_timesteps, leaning, predict
 from examples.sound_library.pack import read_packed, recordings_of
 from examples.sound_library.probe import read_text_encoder
 from examples.sound_library.scenes import draw_scene, sounds_of_tokens
@@ -40,7 +40,7 @@ MAX_SOUNDS = 3  # of a scene
 FRAMES_OF_CUTS = 8  # of the latents, whose multiple a common cut is
 FRAMES_OF_PARTS = 64  # that a teacher needs for each sound, on average
 LEANING_TIMESTEP = 937  # of 1000: almost nothing but noise
-TOLD_WEIGHT = 0.25  # of the diffusion loss of clips with a teacher's target
+TOLD_WEIGHT = 0.25  # of the diffusion loss of clips with a teacher's target, while training
 LATENT_NOISE = 0.02  # standard deviation of the VAE's posterior
 SAVING_IN_S = 14  # reserved for validating and saving at the end
 SCHEDULER_CONFIG = {  # that of `training.train`
@@ -126,6 +126,8 @@ def parse_args(argv=None):
     for name in ("packed", "text_encoder", "vae", "unet", "teacher"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"`{name}` has to be a folder, not {getattr(args, name)}")
+    if args.teacher is not None and not (args.teacher / "unet").is_dir():
+        parser.error(f"`teacher` {args.teacher} has no folder unet")
     return args
 
 
@@ -162,10 +164,7 @@ class SceneBatches(torch.utils.data.Dataset):
             draw_scene(rng, self.recordings, num_samples, sequence_share=self.sequence_share, cut=cut)
             for _ in range(self.lengths[num_samples][0])
         ]
-        arrays = self.as_arrays(scenes, num_samples, rng)
-        if self.common_cut:
-            arrays |= self.sounds_alone(scenes) | {"cut": cut // SAMPLES_PER_FRAME}
-        return arrays | {"number": self.start + i}
+        return self.as_arrays(scenes, num_samples, rng, cut) | {"number": self.start + i}
 
     def sounds_alone(self, scenes):
         """What a teacher is told of a scene of one sound, or of two in sequence: `num_told` `(batch,)`, 0 for other
@@ -188,7 +187,7 @@ class SceneBatches(torch.utils.data.Dataset):
         words = [sounds_of_tokens(*each) for each in zip(inputs["offset_mapping"], spans or [()] * len(captions))]
         return ids, mask, np.array(words, np.int64)
 
-    def as_arrays(self, scenes, num_samples, rng):
+    def as_arrays(self, scenes, num_samples, rng, cut=None):
         events = [
             (
                 self.recordings.rows[event.recording]["offset"] + event.start,
@@ -202,7 +201,8 @@ class SceneBatches(torch.utils.data.Dataset):
         ]
         captions, spans = zip(*((scene.captions[0], scene.spans[0]) for scene in scenes), strict=True)
         ids, mask, words = self.tokens(list(captions), spans)
-        return {
+        told = {} if cut is None else self.sounds_alone(scenes) | {"cut": cut // SAMPLES_PER_FRAME}
+        return told | {
             "num_samples": num_samples,
             "events": np.array(events, np.int64).T.copy(),  # (5, num_events)
             "gains": np.array([event.gain for scene in scenes for event in scene.events], np.float32),
@@ -237,17 +237,16 @@ def validation_scenes(batches, num_scenes):
         "speech": lambda scene: scene.relation == "single" and scene.categories[0] == "speech",
         "music": lambda scene: scene.relation == "single" and scene.categories[0] == "music",
     }
-    chosen = {kind: [] for kind in kinds}
+    chosen, cut = {kind: [] for kind in kinds}, 40960 if batches.common_cut else None
     for number in range(200 * num_scenes):
-        scene = draw_scene(np.random.default_rng([26, number]), batches.recordings, 81920, cut=40960)
+        scene = draw_scene(np.random.default_rng([26, number]), batches.recordings, 81920, cut=cut)
         for kind, wanted in kinds.items():
             if wanted(scene) and len(chosen[kind]) < num_scenes:
                 chosen[kind].append(scene)
         if all(len(scenes) == num_scenes for scenes in chosen.values()):
             break
     rng = np.random.default_rng(27)
-    arrays = {k: (s, batches.as_arrays(s, 81920, rng)) for k, s in chosen.items() if s}
-    return {k: (s, a | batches.sounds_alone(s) | {"cut": 64}) for k, (s, a) in arrays.items()}
+    return {k: (scenes, batches.as_arrays(scenes, 81920, rng, cut)) for k, scenes in chosen.items() if scenes}
 
 
 def load_batches(dataset, num_workers):
@@ -368,18 +367,17 @@ class Models:
         mask = torch.where(empty[:, None], self.empty_mask, mask)
         words = torch.where(empty[:, None], -1, words)
         num_told = self.num_told(batch, latents.shape[2])[:num_clips] * ~empty
-        told, weights = num_told > 0, torch.where(num_told > 0, TOLD_WEIGHT, 1.0)
+        told, weights = num_told > 0, 1.0
         num_timesteps = self.scheduler.config.num_train_timesteps
         if generator is None:
             noise = torch.randn_like(latents)
             timesteps = draw_timesteps(told, num_timesteps)
+            weights = torch.where(told, TOLD_WEIGHT, 1.0)
         else:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             timesteps = (torch.arange(len(latents), device=latents.device) * 125 + 62) % num_timesteps
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(self.unet.dtype)
-        states = self.text_encoder(ids, attention_mask=mask)[0]
-        states = states.to(self.unet.dtype)
-        model_pred = self.unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+        model_pred = predict(self.unet, self.text_encoder, noisy, timesteps, ids, mask)
         attention = attention_loss(self.observed, words, heard, latents.shape[2:])
         diffusion = (weights * v_losses(self.scheduler, model_pred, latents, noise, timesteps)).mean()
         if not told.any():
@@ -394,11 +392,11 @@ class Models:
         ids, mask, alone_ids, alone_mask = (
             self.on_device(batch[name]) for name in ("ids", "mask", "alone_ids", "alone_mask")
         )
-        shape = len(ids), self.unet.config.in_channels, batch["num_samples"] // SAMPLES_PER_FRAME, 16
+        num_channels, (_, num_bands) = self.unet.config.in_channels, self.unet.config.sample_size
+        shape = len(ids), num_channels, batch["num_samples"] // SAMPLES_PER_FRAME, num_bands
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(ids.device, self.unet.dtype)
         timesteps = torch.full((len(ids),), LEANING_TIMESTEP, device=ids.device)
-        states = self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
-        prediction = self.unet(noise, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+        prediction = predict(self.unet, self.text_encoder, noise, timesteps, ids, mask)
         means = []
         for frames in (slice(None, batch["cut"]), slice(batch["cut"], None)):
             part = noise[:, :, frames].contiguous()
@@ -412,7 +410,7 @@ class Models:
     def num_told(self, batch, num_frames):
         """Of how many sounds the teacher is told of each scene `(batch,)`: of none where their parts would be shorter
         than what it was trained on."""
-        if self.teacher is None or "cut" not in batch:
+        if self.teacher is None:
             return torch.zeros(len(batch["ids"]), dtype=torch.long, device=self.empty_ids.device)
         num_told = self.on_device(batch["num_told"])
         return num_told * (num_told <= num_frames // FRAMES_OF_PARTS)
@@ -700,7 +698,7 @@ def main(argv=None):
     held_out = recordings_of(samples, index, "heldout")
     validation = {}
     if held_out is not None:
-        heldout_batches = SceneBatches(held_out, tokenizer, lengths, 26)
+        heldout_batches = SceneBatches(held_out, tokenizer, lengths, 26, common_cut=teacher is not None)
         validation = validation_scenes(heldout_batches, args.num_validation_scenes)
 
     sounds = Sounds(samples, encoder, vae.config.scaling_factor, device)

@@ -168,15 +168,13 @@ class Library:
         return drawn
 
 
-def as_arrays(tokenizer, drawn):
+def as_arrays(tokenizer, drawn, alone=False):
     """A batch of captions.
 
     Returns:
         `dict`: `ids` and `mask` `(batch, num_tokens)`; `tokens` `(batch, num_tokens, 3)`, of each token 1 + place, or
         0 for words that join, category and caption; `heard` `(batch, 4, 2)`, of each place 1 + category of the first
-        and of the last sound, or 0 where nothing is heard; `alone_ids` and `alone_mask` `(num_sounds, num_tokens)`,
-        the words for each sound alone; `same` `(4, num_same)`, row and column of the tokens for sounds, and row and
-        column in `alone_ids` of the same ones.
+        and of the last sound, or 0 where nothing is heard; with `alone` what `words_alone` gives.
     """
     texts = [text for text, _ in drawn]
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_offsets_mapping=True)
@@ -184,8 +182,9 @@ def as_arrays(tokenizer, drawn):
     tokens = np.full((*ids.shape, 3), IGNORED)
     tokens[..., 0][mask > 0] = 0
     heard = np.zeros((len(drawn), len(PLACES), 2), np.int64)
+    of_tokens = [sounds_of_tokens(*each) for each in zip(inputs["offset_mapping"], [sounds for _, sounds in drawn])]
     for row, (_, sounds) in enumerate(drawn):
-        for token, sound in enumerate(sounds_of_tokens(inputs["offset_mapping"][row], sounds)):
+        for token, sound in enumerate(of_tokens[row]):
             if sound >= 0:
                 _, _, place, *known = sounds[sound]
                 tokens[row, token] = (1 + place, *known)
@@ -193,28 +192,34 @@ def as_arrays(tokenizer, drawn):
             heard[row, sound.place, 1] = 1 + sound.category
             if not heard[row, sound.place, 0]:
                 heard[row, sound.place, 0] = 1 + sound.category
-    alone = tokenizer(
-        [text[sound.start : sound.end] for text, sounds in drawn for sound in sounds],
-        padding=True,
-        truncation=True,
-        max_length=MAX_TOKENS,
-        return_tensors="np",
-    )
-    same, number = [], 0
-    for row, (_, sounds) in enumerate(drawn):
-        of_tokens = np.array(sounds_of_tokens(inputs["offset_mapping"][row], sounds))
-        for sound in range(len(sounds)):
-            columns = np.flatnonzero(of_tokens == sound)
-            if len(sounds) == 1 and mask[row].sum() == len(columns) + 1:
-                columns = np.append(columns, columns[-1] + 1)  # the end of the text, too
-            if np.array_equal(ids[row, columns], alone["input_ids"][number, : len(columns)]):
-                same += [(row, column, number, i) for i, column in enumerate(columns)]
-            number += 1
-    arrays = {"ids": ids, "mask": mask, "tokens": tokens, "heard": heard, "same": np.array(same).reshape(-1, 4).T}
-    return arrays | {"alone_ids": alone["input_ids"], "alone_mask": alone["attention_mask"]}
+    arrays = {"ids": ids, "mask": mask, "tokens": tokens, "heard": heard}
+    return arrays | (words_alone(tokenizer, drawn, ids, mask, of_tokens) if alone else {})
 
 
-def draw_batches(library, tokenizer, batch_size, seed):
+def words_alone(tokenizer, drawn, ids, mask, of_tokens):
+    """The words for each sound of a batch of captions by themselves.
+
+    Args:
+        of_tokens (`list[list[int]]`): for each token of each caption the sound that it is a word for, or -1.
+
+    Returns:
+        `dict`: `alone_ids` and `alone_mask` `(num_sounds, num_tokens)`; `same` `(4, num_same)`, row and column of the
+        tokens for sounds, and row and column in `alone_ids` of the same ones.
+    """
+    texts = [text[sound.start : sound.end] for text, sounds in drawn for sound in sounds]
+    alone = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="np")
+    same, owners = [], [(row, sound) for row, (_, sounds) in enumerate(drawn) for sound in range(len(sounds))]
+    for number, (row, sound) in enumerate(owners):
+        columns = np.flatnonzero(np.array(of_tokens[row]) == sound)
+        if len(drawn[row][1]) == 1 and mask[row].sum() == len(columns) + 1:
+            columns = np.append(columns, columns[-1] + 1)  # the end of the text, too
+        if np.array_equal(ids[row, columns], alone["input_ids"][number, : len(columns)]):
+            same += [(row, column, number, i) for i, column in enumerate(columns)]
+    same = np.array(same, np.int64).reshape(-1, 4).T
+    return {"alone_ids": alone["input_ids"], "alone_mask": alone["attention_mask"], "same": same}
+
+
+def draw_batches(library, tokenizer, batch_size, seed, alone=False):
     """Batches without end, each of captions of similar length."""
     rng = np.random.default_rng(seed)
     while True:
@@ -227,7 +232,7 @@ def draw_batches(library, tokenizer, batch_size, seed):
         drawn = [each for i in np.argsort(keys) for each in groups[i]]
         parts = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
         for i in rng.permutation(len(parts)):
-            yield as_arrays(tokenizer, parts[i])
+            yield as_arrays(tokenizer, parts[i], alone)
 
 
 # Losses
@@ -322,7 +327,7 @@ def train(text_encoder, tokenizer, library, args, log):
         save(text_encoder, args.output_dir / "text_encoder")
 
     recent, training, reported = {}, 0.0, 0.0
-    for batch in draw_batches(library, tokenizer, args.batch_size, args.seed):
+    for batch in draw_batches(library, tokenizer, args.batch_size, args.seed, alone=args.keep_weight > 0):
         began = time.monotonic()
         batch = {name: torch.from_numpy(each).to(device) for name, each in batch.items()}
         states = text_encoder(batch["ids"], attention_mask=batch["mask"])[0]
