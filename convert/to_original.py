@@ -72,6 +72,9 @@ def convert_to_original(source, folder, dtype=None, variant=None):
             shapes.pop("encoder.embed_tokens.weight")
         check_tensors(files[component][0], tensors, shapes)
     check_vocoder_config(configs["vocoder"], load("vocoder"))
+    num_positions = configs["unet"]["in_channels"] - configs["vae"]["latent_channels"]
+    if num_positions:
+        raise ValueError(f"unet: the original has no position channels; this UNet takes {num_positions} of them")
 
     kept = source / "original"
     vocoder = configs["vocoder"]

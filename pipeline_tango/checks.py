@@ -40,9 +40,11 @@ def check_components(pipe):
         raise ValueError(
             f"`vocoder` has {num_mel_bins} mel bins, which the `vae`'s factor {pipe.vae_scale_factor} does not divide."
         )
-    if pipe.vae.config.latent_channels != pipe.unet.config.in_channels:
+    num_positions = pipe.config.num_position_channels
+    if num_positions < 0 or pipe.vae.config.latent_channels + num_positions != pipe.unet.config.in_channels:
+        positions = f" beside `num_position_channels` {num_positions}" if num_positions else ""
         raise ValueError(
-            f"`vae` has {pipe.vae.config.latent_channels} latent channels, `unet` takes "
+            f"`vae` has {pipe.vae.config.latent_channels} latent channels{positions}, `unet` takes "
             f"{pipe.unet.config.in_channels}: they do not belong together."
         )
 

@@ -85,6 +85,7 @@ from .mel import (  # noqa: F401
     match_mel_spectrogram,
 )
 from .model_files import check_loaded, check_savable, check_weights, find_model
+from .positions import with_positions
 from .prompts import TextTrack, describe_loss
 from .schedule import SCHEDULERS, Schedule, can_keep_num_steps, check_not_in_use, in_use  # noqa: F401
 from .seams import composite, split_band, used_samples  # noqa: F401
@@ -169,6 +170,8 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             `guidance_interval`.
         num_noise_channels (`int`, *optional*, defaults to 0): how many input channels of the vocoder, the last ones,
             are white noise (`training.train_vocoder`). The others are mel bins.
+        num_position_channels (`int`, *optional*, defaults to 0): how many input channels of the UNet, the last ones,
+            tell where in the clip a frame is ([`with_positions`]). The others are latents.
         num_mel_corrections (`int`, *optional*, defaults to 0): iterations of [`match_mel_spectrogram`] on the output
             of the vocoder. Small vocoders need them.
         student (`dict`, *optional*): what [`check_student`] describes, if the UNet is a student, distilled to a few
@@ -192,6 +195,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         default_guidance_scale: float = 3.0,
         default_guidance_interval: tuple[float, float] | list[float] = (0.0, 1.0),  # JSON knows lists only
         num_noise_channels: int = 0,
+        num_position_channels: int = 0,
         num_mel_corrections: int = 0,
         student: dict | None = None,
     ):
@@ -205,6 +209,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             default_guidance_interval=default_guidance_interval,
             num_noise_channels=num_noise_channels,
+            num_position_channels=num_position_channels,
             num_mel_corrections=num_mel_corrections,
         )
         if student is not None:  # so that others are saved without the entry, as they were before there were students
@@ -493,7 +498,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
     def _latent_shape(self, num_latent_frames):
-        return self.unet.config.in_channels, num_latent_frames, self.num_mel_bins // self.vae_scale_factor
+        return self.vae.config.latent_channels, num_latent_frames, self.num_mel_bins // self.vae_scale_factor
 
     def _encode_audio(self, placed, windows, num_copies, device, generator, decoded):
         """Scaled latents of a [`PlacedAudio`], sampled from the VAE's posterior: `(batch * num_copies, channels,
@@ -885,7 +890,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
             step_kwargs=self.prepare_extra_step_kwargs(generator, eta),
             keeps_num_steps=student is not None,
         )
-        check_schedule(schedule, self.unet.config.in_channels)
+        check_schedule(schedule, self.vae.config.latent_channels)
         call_state["_num_timesteps"] = self._num_timesteps = len(schedule.timesteps)
 
         # 5. Text
@@ -1086,7 +1091,7 @@ class TangoPipeline(DiffusionPipeline, TangoLoraLoaderMixin):
                 weights, self.unet.config.time_cond_proj_dim, downscale_freq_shift=1
             ).to(self.unet.dtype)
         model_preds = self.unet(
-            latent_model_input,
+            with_positions(latent_model_input, self.unet),
             t,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,

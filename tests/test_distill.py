@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -100,6 +100,22 @@ def test_a_lora_student_of_trajectories_is_one_that_the_pipeline_knows(arguments
     card = (tmp_path / "run" / "lora" / "README.md").read_text()
     assert "A student of few steps" in card and "few-step" in card
     assert (tmp_path / "run" / "samples" / "step-2" / "1.wav").exists()
+
+
+def test_a_unet_with_position_channels_has_students(components, arguments, sounds, tmp_path):
+    config = components["unet"].config
+    unet = UNet2DConditionModel.from_config(config, in_channels=config.in_channels + 2)
+    folder = tmp_path / "positioned"
+    pipe = TangoPipeline(**components | {"unet": unet}, num_position_channels=2, default_audio_length_in_s=0.32)
+    pipe.save_pretrained(folder)
+    for name, prompts, more in (
+        ("trajectories", tmp_path / "prompts.txt", ("--lora_rank=2", "--student_steps", 1)),
+        ("whole", None, ("--train_manifest", sounds, "--objective=consistency", "--num_grid_steps=8")),
+    ):
+        flags = arguments(name, "--max_train_steps=1", *more, prompts=prompts)
+        assert main([f"--pretrained_model_name_or_path={folder}", *flags[1:]]) == 0
+    student = TangoPipeline.from_pretrained(tmp_path / "whole" / "model")
+    assert student.config.num_position_channels == 2 and student.unet.config.in_channels == config.in_channels + 2
 
 
 @pytest.mark.parametrize("endpoint", ["clean", "random", "phases"])

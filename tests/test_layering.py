@@ -22,6 +22,7 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "attention": set(),
     "deep_cache": set(),
     "mel": set(),
+    "positions": set(),
     "prompts": set(),
     "schedule": set(),
     "single_file": set(),

@@ -86,6 +86,11 @@ def test_what_the_original_can_not_hold_is_refused(tiny_folder, converted, tmp_p
     write_json(folder / "vocoder" / "config.json", {**config, "upsample_rates": [4, 5, 2, 2, 2]})
     line = fails(["--to_original", folder, tmp_path / "out"], tmp_path / "out", capsys)
     assert "`upsample_rates` is always [5, 4, 2, 2, 2], got [4, 5, 2, 2, 2]" in line
+    write_json(folder / "vocoder" / "config.json", config)
+    config = read_json(folder / "unet" / "config.json")
+    UNet2DConditionModel.from_config(config, in_channels=config["in_channels"] + 2).save_pretrained(folder / "unet")
+    line = fails(["--to_original", folder, tmp_path / "out"], tmp_path / "out", capsys)
+    assert "unet: the original has no position channels; this UNet takes 2 of them" in line
 
 
 def test_damaged_weights_do_not_go_back(converted, tmp_path, capsys):

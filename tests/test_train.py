@@ -353,14 +353,15 @@ def test_the_moving_average_is_what_is_saved(arguments, tmp_path):
 
 def test_a_training_can_start_from_parts(short_folder, sounds, tmp_path):
     config = tmp_path / "unet.json"
-    config.write_text((short_folder / "unet" / "config.json").read_text())
+    unet = json.loads((short_folder / "unet" / "config.json").read_text())
+    config.write_text(json.dumps(unet | {"in_channels": unet["in_channels"] + 2}))  # two of positions
     parts = [f"--{name}={short_folder}" for name in ("vae", "vocoder", "text_encoder")]
     flags = ["--train_manifest", str(sounds), "--output_dir", str(tmp_path / "out"), "--max_train_steps=1"]
     flags += ["--audio_length_in_s=0.32", "--train_batch_size=2", "--num_workers=0", "--rescale_betas_zero_snr"]
     assert main([f"--unet_config={config}", *parts, *flags]) == 0
     pipe = TangoPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.alphas_cumprod[-1] == 0
-    assert pipe.config.default_audio_length_in_s == 0.32
+    assert pipe.config.default_audio_length_in_s == 0.32 and pipe.config.num_position_channels == 2
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 

@@ -15,6 +15,7 @@ from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
+from pipeline_tango.positions import with_positions
 from pipeline_tango.sound_files import write_atomically
 
 from .run import shards_weights
@@ -51,7 +52,7 @@ class Denoiser(torch.nn.Module):
         if self.text_encoder is not None:
             text = self.text_encoder(text, attention_mask=attention_mask)[0]
         return self.unet(
-            noisy_latents,
+            with_positions(noisy_latents, self.unet),
             timesteps,
             text,
             timestep_cond=timestep_cond,
@@ -105,16 +106,18 @@ def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
         inside = (Path(path) / subfolder).is_dir()
         return cls.from_pretrained(path, subfolder=subfolder if inside else "")
 
-    vocoder = load(SpeechT5HifiGan, vocoder, "vocoder")
+    vae, vocoder = load(AutoencoderKL, vae, "vae"), load(SpeechT5HifiGan, vocoder, "vocoder")
     torch.manual_seed(seed)  # of the random weights
+    unet = UNet2DConditionModel.from_config(json.loads(Path(unet_config).read_text()))
     return TangoPipeline(
-        vae=load(AutoencoderKL, vae, "vae"),
+        vae=vae,
         text_encoder=load(T5EncoderModel, text_encoder, "text_encoder"),
         tokenizer=load(T5Tokenizer, text_encoder, "tokenizer"),
-        unet=UNet2DConditionModel.from_config(json.loads(Path(unet_config).read_text())),
+        unet=unet,
         scheduler=DDPMScheduler(**SCHEDULER_CONFIG),
         vocoder=vocoder,
         num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
+        num_position_channels=unet.config.in_channels - vae.config.latent_channels,
     )
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pipeline_tango import SCHEDULERS
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
 from pipeline_tango.mel import NUM_MEL_BINS
+from pipeline_tango.positions import with_positions
 from pipeline_tango.student import check_student, student_scheduler, timesteps_of_call
 
 from .arguments import (
@@ -325,7 +326,8 @@ class Teacher:
         def predict(sample, timesteps):
             sample = torch.cat([sample, sample[is_guided]])
             timesteps = torch.cat([timesteps, timesteps[is_guided]])
-            model_pred = self.unet(sample, timesteps, text, encoder_attention_mask=mask, return_dict=False)[0].float()
+            inputs = with_positions(sample, self.unet), timesteps, text
+            model_pred = self.unet(*inputs, encoder_attention_mask=mask, return_dict=False)[0].float()
             model_pred, pred_empty = model_pred[: len(is_guided)], model_pred[len(is_guided) :]
             model_pred[is_guided] = guided(model_pred[is_guided], pred_empty, guidance_scale[is_guided])
             return model_pred
@@ -372,7 +374,7 @@ def read_prompts(path, caption_column=None):
 
 def latent_shape(pipe, num_frames):
     """(channels, frames, bins) of the latents of a clip."""
-    return pipe.unet.config.in_channels, num_frames, NUM_MEL_BINS // pipe.vae_scale_factor
+    return pipe.vae.config.latent_channels, num_frames, NUM_MEL_BINS // pipe.vae_scale_factor
 
 
 def teacher_timesteps(args, scheduler):
@@ -536,7 +538,8 @@ class Distillation:
                 predict = self.teacher.predictor(text, mask, scale)
                 neighbour = solver_step(predict, noisy, t, r, alphas, kind, args.solver)
             with averages():
-                pred = self.unet(neighbour, r, text, timestep_cond=condition, encoder_attention_mask=mask).sample
+                inputs = with_positions(neighbour, self.unet), r, text
+                pred = self.unet(*inputs, timestep_cond=condition, encoder_attention_mask=mask).sample
             target = consistency_function(pred, neighbour, r, s, alphas, kind, to_clean)
         pred = model(noisy, t, text, mask, condition)
         output = consistency_function(pred, noisy, t, s, alphas, kind, to_clean)

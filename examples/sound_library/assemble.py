@@ -147,6 +147,7 @@ def main(argv=None):
         default_guidance_scale=args.guidance_scale,
         default_guidance_interval=tuple(args.guidance_interval),
         num_noise_channels=pipe.vocoder.config.model_in_dim - NUM_MEL_BINS,
+        num_position_channels=pipe.unet.config.in_channels - pipe.vae.config.latent_channels,
         num_mel_corrections=args.num_mel_corrections,
     )
     card = (HERE / "card.md").read_text()
