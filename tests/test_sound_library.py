@@ -672,13 +672,12 @@ def test_the_loss_on_attention_is_the_surprise_at_what_is_heard():
         observed.weights = torch.tensor(rows).repeat_interleave(2, 0)[None]
         return float(attention_loss.attention_loss([observed], words, heard, (4, 2)))
 
-    right, wrong, even, either = [0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6], [0.1, 0.3, 0.6]
-    assert loss(right, right, wrong, wrong) == loss(right, wrong, wrong, wrong) == pytest.approx(0, abs=1e-5)
-    assert loss(even, even, even, even) == pytest.approx(
-        np.log(2), rel=1e-4
-    )  # of the three frames that have one sound
-    assert loss(either, even, either, wrong) == pytest.approx((np.log(4) + np.log(4 / 3)) / 3, rel=1e-4)
-    assert loss(wrong, even, even, even) > 3
+    first, second, even, either = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.2, 0.6], [0.1, 0.3, 0.6]
+    assert loss(first, first, second, second) == loss(first, second, second, second) == pytest.approx(0, abs=1e-5)
+    # a mean over the three frames that have one sound; attention to the third token is lost
+    assert loss(even, even, even, even) == pytest.approx(np.log(5), rel=1e-4)
+    assert loss(either, even, either, second) == pytest.approx((np.log(10) + np.log(10 / 3)) / 3, rel=1e-4)
+    assert loss(second, even, even, even) > 4
     words[:] = -1  # an empty prompt
     assert loss(even, even, even, even) == 0
 
@@ -734,10 +733,12 @@ def test_a_batch_says_of_each_token_and_place_what_is_heard(packed):
     assert ends.sum() == 1 and row[ends] == 1  # of the caption of one sound
 
 
-def test_states_are_kept_up_to_the_direction_of_a_place(packed):
+def test_states_are_kept_up_to_the_direction_of_a_place_and_what_joins_tells_nothing(packed):
     tokenizer, text_encoder = train_text.read_text_encoder(packed[0] / "text")
     library = train_text.Library(build.read_manifest())
-    batch = next(train_text.draw_batches(library, tokenizer, 16, seed=0, alone=True))
+    rng = np.random.default_rng(0)
+    drawn = [caption for _ in range(24) for caption in library.draw_caption(rng)]
+    batch = train_text.as_arrays(tokenizer, drawn, alone=True)
     batch = {name: torch.from_numpy(each) for name, each in batch.items()}
     directions = train_text.directions_of_places(32)
     assert not directions[3].any()
@@ -745,16 +746,24 @@ def test_states_are_kept_up_to_the_direction_of_a_place(packed):
     with torch.no_grad():
         kept = text_encoder(batch["alone_ids"], attention_mask=batch["alone_mask"])[0]
     row, column, sound, position = batch["same"]
+    labels, joining, nothing = batch["tokens"][row, column, 0], tuple(batch["joining"]), torch.arange(32.0)
+    assert not batch["tokens"][joining][:, 0].any() and (batch["mask"][joining] == 1).all()
+    several = [row for row, (_, sounds) in enumerate(drawn) if len(sounds) > 1]
+    assert joining[0].unique().tolist() == several and 0 < len(several) < len(drawn)
     states = torch.full((*batch["ids"].shape, 32), torch.nan)
-    states[row, column] = kept[sound, position]
-    labels = batch["tokens"][row, column, 0]
-    share = float(((labels > 0) & (labels < 4)).float().mean())
-    distance = float(train_text.distance_to_kept(states, kept, directions, batch))
-    assert 0 < share < 1 and distance == pytest.approx(share / 4, rel=1e-4)
+    states[row, column], states[joining] = kept[sound, position], nothing + 1
+
+    def distance():
+        return float(train_text.distance_to_kept(states, kept, nothing, directions, batch))
+
+    num_placed, num_joining = int(((labels > 0) & (labels < 4)).sum()), len(joining[0])
+    expected = (num_placed / 4 + num_joining) / (len(labels) + num_joining)
+    assert 0 < num_placed < len(labels) and distance() == pytest.approx(expected, rel=1e-4)
     for place in (1, 2, 3):
         at = labels == place
         states[row[at], column[at]] += directions[place - 1]
-    assert float(train_text.distance_to_kept(states, kept, directions, batch)) < 1e-10
+    states[joining] = nothing
+    assert distance() < 1e-10
 
 
 def test_batches_of_captions_keep_twins_together(packed):

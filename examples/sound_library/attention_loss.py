@@ -66,6 +66,6 @@ def attention_loss(observed, words, heard, shape):
         weights = weights @ words  # (batch, num_frames / factor, num_sounds)
         present = heard.unflatten(1, (num_frames // factor, factor)).mean(2) * named
         some = (present.sum(2) > 0) & (present.sum(2) < named.sum(2) - 1e-3)
-        surprise = (weights.sum(2) + 1e-6).log() - ((weights * present).sum(2) + 1e-6).log()
+        surprise = -((weights * present).sum(2) + 1e-6).log()
         losses.append((surprise * some).sum() / some.sum().clamp(min=1))
     return torch.stack(losses).mean()

@@ -8,6 +8,8 @@ clip of the many that fit a caption as its target and hardly depends on the text
 
 import torch
 
+from pipeline_tango.positions import with_positions
+
 
 EARLY = 350  # timestep of 1000 from which on most of what is heard is still open
 EARLY_SHARE = 0.5  # of the clips that a teacher gives targets for: drawn from these timesteps only
@@ -27,7 +29,7 @@ def leaning(prediction, first, second):
 def predict(unet, text_encoder, noisy, timesteps, ids, mask):
     """What a UNet predicts of noisy latents, told the text of the token ids."""
     states = text_encoder(ids, attention_mask=mask)[0].to(noisy.dtype)
-    return unet(noisy, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
+    return unet(with_positions(noisy, unet), timesteps, states, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 class Teacher:

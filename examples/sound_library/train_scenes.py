@@ -392,7 +392,7 @@ class Models:
         ids, mask, alone_ids, alone_mask = (
             self.on_device(batch[name]) for name in ("ids", "mask", "alone_ids", "alone_mask")
         )
-        num_channels, (_, num_bands) = self.unet.config.in_channels, self.unet.config.sample_size
+        num_channels, (_, num_bands) = self.unet.config.out_channels, self.unet.config.sample_size
         shape = len(ids), num_channels, batch["num_samples"] // SAMPLES_PER_FRAME, num_bands
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(ids.device, self.unet.dtype)
         timesteps = torch.full((len(ids),), LEANING_TIMESTEP, device=ids.device)

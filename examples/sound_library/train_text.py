@@ -76,7 +76,7 @@ def parse_args(argv=None):
         type=float,
         default=0.0,
         help="weight of the squared distance to the states that the words for each sound had alone at the start, "
-        "which a trained UNet knows, plus a direction for the place",
+        "which a trained UNet knows, plus a direction for the place; of joining words, to the empty prompt's end",
     )
     parser.add_argument("--save_every", type=float, default=60, help="seconds between two times of probing and saving")
     parser.add_argument("--num_probed", type=int, default=3000, help="captions of the probe")
@@ -204,7 +204,8 @@ def words_alone(tokenizer, drawn, ids, mask, of_tokens):
 
     Returns:
         `dict`: `alone_ids` and `alone_mask` `(num_sounds, num_tokens)`; `same` `(4, num_same)`, row and column of the
-        tokens for sounds, and row and column in `alone_ids` of the same ones.
+        tokens for sounds, and row and column in `alone_ids` of the same ones; `joining` `(2, num_joining)`, row and
+        column of the tokens for none, where a caption has several sounds.
     """
     texts = [text[sound.start : sound.end] for text, sounds in drawn for sound in sounds]
     alone = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="np")
@@ -216,7 +217,9 @@ def words_alone(tokenizer, drawn, ids, mask, of_tokens):
         if np.array_equal(ids[row, columns], alone["input_ids"][number, : len(columns)]):
             same += [(row, column, number, i) for i, column in enumerate(columns)]
     same = np.array(same, np.int64).reshape(-1, 4).T
-    return {"alone_ids": alone["input_ids"], "alone_mask": alone["attention_mask"], "same": same}
+    several = np.array([len(sounds) > 1 for _, sounds in drawn])
+    joining = np.stack(np.nonzero((np.array(of_tokens) < 0) & (mask > 0) & several[:, None]))
+    return {"alone_ids": alone["input_ids"], "alone_mask": alone["attention_mask"], "same": same, "joining": joining}
 
 
 def draw_batches(library, tokenizer, batch_size, seed, alone=False):
@@ -274,15 +277,19 @@ def directions_of_places(width):
     return torch.cat([directions, torch.zeros(1, width)])
 
 
-def distance_to_kept(states, kept, directions, batch):
-    """Mean squared difference of the states of words for sounds to those they have alone, plus the place's direction.
+def distance_to_kept(states, kept, nothing, directions, batch):
+    """Mean squared difference of the states of words for sounds to those they have alone, plus the place's direction,
+    and of the words that join them, and of the end of the text, to one that tells of no sound: a UNet that looks at
+    these is to hear of none, or it could not tell one moment from another.
 
     Args:
         kept (`torch.Tensor` of shape `(num_sounds, num_tokens, width)`): the states of the words for each sound alone.
+        nothing (`torch.Tensor` of shape `(width,)`): the state of the end of the empty prompt.
     """
     row, column, sound, position = batch["same"]
     places = batch["tokens"][row, column, 0] - 1  # of the end of a text, which has no place: that of throughout, -1
-    return (states[row, column] - kept[sound, position] - directions[places]).square().mean()
+    of_sounds = states[row, column] - kept[sound, position] - directions[places]
+    return torch.cat([of_sounds, states[tuple(batch["joining"])] - nothing]).square().mean()
 
 
 @torch.no_grad()
@@ -319,6 +326,7 @@ def train(text_encoder, tokenizer, library, args, log):
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     captions, _, pairs = draw_captions(args.num_probed)
     directions = directions_of_places(text_encoder.config.d_model).to(device)
+    nothing = before(**tokenizer([""], return_tensors="pt").to(device))[0][0, -1]
 
     def report():
         order, both, _ = probe(pooled_states(tokenizer, text_encoder, captions), pairs)
@@ -334,7 +342,7 @@ def train(text_encoder, tokenizer, library, args, log):
         losses = text_losses(heads, states, batch)
         if args.keep_weight:
             kept = before(batch["alone_ids"], attention_mask=batch["alone_mask"])[0]
-            losses["kept"] = distance_to_kept(states, kept, directions, batch)
+            losses["kept"] = distance_to_kept(states, kept, nothing, directions, batch)
         weights = {"caption": 0.3, "kept": args.keep_weight}
         sum(weights.get(name, 1.0) * loss for name, loss in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_([*text_encoder.parameters(), *heads.parameters()], 1.0)
