@@ -10,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -907,6 +908,8 @@ class Repeating(torch.nn.Module):
 class Telling(torch.nn.Module):
     """In place of a UNet: predicts the noisy latents, a tenth of the timestep and the mean of the text's states."""
 
+    config = SimpleNamespace(in_channels=8)
+
     def forward(self, noisy, timesteps, states, encoder_attention_mask, return_dict):
         mean = (states[..., 0] * encoder_attention_mask).sum(1) / encoder_attention_mask.sum(1)
         return (noisy + (timesteps / 10 + mean)[:, None, None, None],)
@@ -956,10 +959,13 @@ def test_a_batch_with_a_common_cut_says_what_a_teacher_is_told(packed):
         begins = [np.flatnonzero(heard[:, 1])[0] for heard in batch["heard"][batch["num_told"] == 2]]
         assert len(begins) > 2 and all(-2 <= begin - batch["cut"] <= 6 for begin in begins)
         for row, told in enumerate(batch["num_told"]):
+            ids, words = batch["ids"][row], batch["words"][row]
             for sound in range(told):
-                words = tokenizer.decode(batch["alone_ids"][sound, row], skip_special_tokens=True)
-                named = tokenizer.decode(batch["ids"][row][batch["words"][row] == sound])
-                assert words and named.lower().endswith(words[1:].lower())
+                alone = tokenizer.decode(batch["alone_ids"][sound, row], skip_special_tokens=True)
+                whole = tokenizer.decode(ids[words == sound] if told == 2 else ids, skip_special_tokens=True)
+                assert alone == whole if told == 1 else alone and whole.lower().endswith(alone[1:].lower())
+            assert told == 2 or not batch["alone_ids"][told:, row, 1:].any()  # the empty prompt
+            assert told or words.max() == 2  # nothing of sequences of three
     assert len(cuts) > 1 and {0, 1, 2} == set(batch["num_told"])
 
 
@@ -1023,13 +1029,16 @@ def test_training_on_scenes_goes_on_where_it_was_stopped(packed, tmp_path, capsy
     assert whole.keys() == {"unet", "text_encoder"} and max(entry["step"] for entry in log) == 6
     assert not any("teacher" in name for entry in log for name in entry)
     common += ["--teacher", tmp_path / "whole", "--unet", tmp_path / "whole" / "unet"]
-    common += ["--trained", "attn2.to_q", "attn2.to_k"]
+    common += ["--trained", "attn2.to_q", "attn2.to_k=0.5", "conv_in=2", "--new_position_channels", 2]
     whole, log = run("taught")
     assert {"teacher_loss", "teacher_single", "teacher_sequence", "leaning_first", "leaning_second"} <= {
         name for entry in log for name in entry
     }
     before = load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors")
-    changed = {name for name, each in before.items() if not torch.equal(each, whole["unet"][name])}
+    latents, positions = whole["unet"]["conv_in.weight"].split([8, 2], 1)
+    torch.testing.assert_close(latents, before.pop("conv_in.weight"), rtol=1e-3, atol=1e-4)  # but for weight decay
+    assert positions.abs().amax((0, 2, 3)).min() > 0
+    changed = {name for name, each in before.items() if not torch.equal(each, whole["unet"][name])} - {"conv_in.bias"}
     assert changed and all("attn2.to_q" in name or "attn2.to_k" in name for name in changed)
     text = load_file(folder / "text" / "model.safetensors")
     assert all(torch.equal(text[name].half(), each) for name, each in whole["text_encoder"].items())
@@ -1068,6 +1077,9 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
         (["--attention_weight", "-1"], "at least 0"),
         (["--teacher_weight", "-1"], "at least 0"),
         (["--sequence_share", "1.5"], "from 0 to 1"),
+        (["--new_position_channels", "2"], "needs --unet"),
+        (["--trained", "attn2=0"], "FACTOR has to be a number above 0"),
+        (["--trained", "attn2=fast"], "FACTOR has to be a number above 0"),
     ):
         with pytest.raises(SystemExit):
             train_scenes.main([*flags, *more])

@@ -40,7 +40,6 @@ MAX_SOUNDS = 3  # of a scene
 FRAMES_OF_CUTS = 8  # of the latents, whose multiple a common cut is
 FRAMES_OF_PARTS = 64  # that a teacher needs for each sound, on average
 LEANING_TIMESTEP = 937  # of 1000: almost nothing but noise
-TOLD_WEIGHT = 0.25  # of the diffusion loss of clips with a teacher's target, while training
 LATENT_NOISE = 0.02  # standard deviation of the VAE's posterior
 SAVING_IN_S = 14  # reserved for validating and saving at the end
 SCHEDULER_CONFIG = {  # that of `training.train`
@@ -66,6 +65,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--unet_config", type=Path, default=HERE / "unet_second.json", help="config of the UNet")
     parser.add_argument("--unet", type=Path, help="folder of the weights to start from, instead of --unet_config")
+    parser.add_argument(
+        "--new_position_channels",
+        type=int,
+        default=0,
+        help="inputs that --unet gets beside its own, which tell where in the clip a frame is",
+    )
     parser.add_argument("--vae", type=Path, default=Path(TANGO_TINY) / "vae", help="VAE, whose encoder is kept")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--seconds", type=float, default=480, help="time limit of the whole run")
@@ -82,9 +87,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--trained",
         nargs="+",
-        default=[""],
-        metavar="PART",
-        help="parts of the names of the UNet's parameters to train, as attn2.to_q (default: all)",
+        metavar="PART[=FACTOR]",
+        help="parts of the names of the UNet's parameters to train, as attn2.to_q (default: all), with a factor of "
+        "the learning rate; of conv_in only what reads the new position channels",
     )
     parser.add_argument("--lr_warmup_steps", type=int, default=200, help="steps of linear warm-up")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
@@ -126,9 +131,30 @@ def parse_args(argv=None):
     for name in ("packed", "text_encoder", "vae", "unet", "teacher"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"`{name}` has to be a folder, not {getattr(args, name)}")
+    if args.new_position_channels < 0 or (args.new_position_channels and not args.unet):
+        parser.error("--new_position_channels has to be at least 0, and needs --unet")
+    try:
+        rates_of(args.trained)
+    except ValueError:
+        parser.error("--trained: FACTOR has to be a number above 0")
     if args.teacher is not None and not (args.teacher / "unet").is_dir():
         parser.error(f"`teacher` {args.teacher} has no folder unet")
     return args
+
+
+def rates_of(trained):
+    """Factors of the learning rate by part of the name of a parameter; 1 for all if `trained` is `None`.
+
+    >>> rates_of(["attn2", "conv_in=0.2"])
+    {'attn2': 1.0, 'conv_in': 0.2}
+    """
+    rates = {}
+    for each in [""] if trained is None else trained:
+        part, _, factor = each.partition("=")
+        rates[part] = float(factor or 1)
+    if not all(0 < rate < math.inf for rate in rates.values()):
+        raise ValueError
+    return rates
 
 
 # Scenes
@@ -167,14 +193,16 @@ class SceneBatches(torch.utils.data.Dataset):
         return self.as_arrays(scenes, num_samples, rng, cut) | {"number": self.start + i}
 
     def sounds_alone(self, scenes):
-        """What a teacher is told of a scene of one sound, or of two in sequence: `num_told` `(batch,)`, 0 for other
-        scenes, and token ids and attention mask of the words for each, both `(2, batch, MAX_TOKENS)`."""
-        num_told = [{"single": 1, "sequence": 2}.get(scene.relation, 0) for scene in scenes]
-        captions = []
-        for sound in range(2):
-            for scene, number in zip(scenes, num_told, strict=True):
-                caption, spans = scene.captions[0], scene.spans[0]
-                captions.append("" if sound >= number else caption[slice(*spans[sound])])
+        """What a teacher is told of a scene: the words for each of two sounds in sequence, nothing of sequences of
+        more, and the caption of all others. `num_told` `(batch,)`, and token ids and attention mask of the first and
+        the second text, both `(2, batch, MAX_TOKENS)`."""
+        texts = []
+        for scene in scenes:
+            caption, spans = scene.captions[0], scene.spans[0]
+            in_sequence = [caption[slice(*span)] for span in spans] if len(spans) == 2 else []
+            texts.append(in_sequence if scene.relation.startswith("sequence") else [caption])
+        num_told = list(map(len, texts))
+        captions = [(text + ["", ""])[sound] for sound in range(2) for text in texts]
         ids, mask, _ = self.tokens(captions)
         shape = 2, len(scenes), MAX_TOKENS
         return {"num_told": np.array(num_told), "alone_ids": ids.reshape(shape), "alone_mask": mask.reshape(shape)}
@@ -366,13 +394,15 @@ class Models:
         ids = torch.where(empty[:, None], self.empty_ids, ids)
         mask = torch.where(empty[:, None], self.empty_mask, mask)
         words = torch.where(empty[:, None], -1, words)
-        num_told = self.num_told(batch, latents.shape[2])[:num_clips] * ~empty
+        num_told = self.num_told(batch, latents.shape[2])[:num_clips]
+        if self.teacher is not None:
+            num_told = torch.where(empty, 1, num_told)
         told, weights = num_told > 0, 1.0
         num_timesteps = self.scheduler.config.num_train_timesteps
         if generator is None:
             noise = torch.randn_like(latents)
             timesteps = draw_timesteps(told, num_timesteps)
-            weights = torch.where(told, TOLD_WEIGHT, 1.0)
+            weights = (~told).float()  # the teacher knows better than a single clip
         else:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             timesteps = (torch.arange(len(latents), device=latents.device) * 125 + 62) % num_timesteps
@@ -382,7 +412,11 @@ class Models:
         diffusion = (weights * v_losses(self.scheduler, model_pred, latents, noise, timesteps)).mean()
         if not told.any():
             return diffusion, attention, torch.zeros_like(diffusion)
-        ids, mask = (self.on_device(batch[name])[:, :num_clips][:, told] for name in ("alone_ids", "alone_mask"))
+        alone = (self.on_device(batch[name])[:, :num_clips] for name in ("alone_ids", "alone_mask"))
+        ids, mask = (
+            torch.where(empty[:, None], nothing, each)[:, told]
+            for each, nothing in zip(alone, (self.empty_ids, self.empty_mask), strict=True)
+        )
         targets = self.teacher.targets(noisy[told], timesteps[told], num_told[told], ids, mask, batch["cut"])
         return diffusion, attention, (model_pred[told] - targets).float().square().mean() * told.float().mean()
 
@@ -436,17 +470,32 @@ def faster_layout(models, sounds, batch):
 
 
 class Average:
-    """The weights of a model that require a gradient, in float32, which are optimized whatever the model's dtype, and
-    their exponential moving average."""
+    """Weights of a model in float32, which are optimized whatever the model's dtype, and their exponential moving
+    average.
 
-    def __init__(self, model, learning_rate, decay):
-        self.parameters, self.decay = [p for p in model.parameters() if p.requires_grad], decay
+    Args:
+        rates (`dict[str, float]`): factor of the learning rate of the parameters with a part in their names, the first
+            that fits. Those that none fits are not trained.
+    """
+
+    def __init__(self, model, rates, decay):
+        self.parameters, self.factors, self.decay = [], [], decay
+        for name, parameter in model.named_parameters():
+            factor = next((rate for part, rate in rates.items() if part in name), None)
+            if factor is not None:
+                self.parameters.append(parameter)
+                self.factors.append(factor)
+            parameter.requires_grad_(factor is not None)
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.averages = [p.clone() for p in self.weights]
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
         options = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": self.weights[0].is_cuda}
-        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, **options)
+        by_factor = {factor: [] for factor in self.factors}
+        for weight, factor in zip(self.weights, self.factors, strict=True):
+            by_factor[factor].append(weight)
+        groups = [{"params": weights, "factor": factor} for factor, weights in by_factor.items()]
+        self.optimizer = torch.optim.AdamW(groups, **options)
 
     @torch.no_grad()
     def use(self, weights):
@@ -463,7 +512,8 @@ class Average:
         for parameter in self.parameters:
             parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
         self.optimizer.step()
         self.use(self.weights)
         torch._foreach_lerp_(self.averages, self.weights, 1 - min(self.decay, (1 + step) / (10 + step)))
@@ -482,7 +532,7 @@ class Average:
 
 KEPT_FLAGS = ("text_encoder", "teacher", "batch_size", "learning_rate", "trained", "lr_warmup_steps")
 KEPT_FLAGS += ("ema_decay", "max_steps", "dtype", "attention_weight", "teacher_weight", "sequence_share")
-KEPT_FLAGS += ("max_recordings",)  # when a run goes on
+KEPT_FLAGS += ("max_recordings", "new_position_channels")  # when a run goes on
 
 
 def read_checkpoint(args):
@@ -526,9 +576,10 @@ def train_denoiser(models, sounds, batches, validation, state, args, log):
         layout, seconds = faster_layout(models, sounds, next(batches))
         unet.to(memory_format=layout)
         log(memory_format=str(layout), seconds_per_step=seconds)
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(any(part in name for part in args.trained))
-    average = Average(unet, args.learning_rate, args.ema_decay)
+    average = Average(unet, rates_of(args.trained), args.ema_decay)
+    if args.trained and unet.conv_in.weight.requires_grad:
+        of_positions = torch.arange(unet.config.in_channels, device=device) >= unet.config.out_channels
+        unet.conv_in.weight.register_hook(lambda gradient: gradient * of_positions[:, None, None])
     num_batches, num_clips = state.get("num_batches", 0), state.get("num_clips", 0)
     if state:
         average.load_state_dict(state["average"])
@@ -644,6 +695,17 @@ def train_decoder(vae, sounds, batches, validation, args, log):
         save(vae, args.output_dir / "vae")
 
 
+def with_position_channels(unet, num_channels):
+    """The same UNet with more input channels (`pipeline_tango.positions`), which it does not use yet."""
+    if num_channels == 0:
+        return unet
+    widened = UNet2DConditionModel.from_config(unet.config, in_channels=unet.config.in_channels + num_channels)
+    weights = unet.state_dict()
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, num_channels))
+    widened.load_state_dict(weights)
+    return widened
+
+
 def read_teacher(args, tokenizer):
     """The `Teacher` of `args.teacher`.
 
@@ -670,12 +732,15 @@ def main(argv=None):
         state = read_checkpoint(args)
         if args.unet:
             unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32)
+            unet = with_position_channels(unet, args.new_position_channels)
         else:
             unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
         teacher = args.teacher and read_teacher(args, tokenizer)
         vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
         encoder = linear_encoder(vae)
-        unknown = [part for part in args.trained if not any(part in name for name, _ in unet.named_parameters())]
+        unknown = [
+            part for part in rates_of(args.trained) if not any(part in name for name, _ in unet.named_parameters())
+        ]
         if unknown:
             raise ValueError(f"`trained` has to name parameters of the UNet; none has {unknown[0]!r} in its name.")
         if unet.config.cross_attention_dim != text_encoder.config.d_model:
