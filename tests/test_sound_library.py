@@ -1040,6 +1040,11 @@ def test_training_on_scenes_goes_on_where_it_was_stopped(packed, tmp_path, capsy
     assert positions.abs().amax((0, 2, 3)).min() > 0
     changed = {name for name, each in before.items() if not torch.equal(each, whole["unet"][name])} - {"conv_in.bias"}
     assert changed and all("attn2.to_q" in name or "attn2.to_k" in name for name in changed)
+    unet = train_scenes.UNet2DConditionModel.from_pretrained(tmp_path / "taught" / "unet")
+    scaled = train_scenes.with_position_channels(copy.deepcopy(unet), 1, 0.5)
+    assert scaled.config.in_channels == 11
+    expected = torch.cat([latents, positions / 2, torch.zeros_like(positions[:, :1])], 1)
+    torch.testing.assert_close(scaled.conv_in.weight.half(), expected)
     text = load_file(folder / "text" / "model.safetensors")
     assert all(torch.equal(text[name].half(), each) for name, each in whole["text_encoder"].items())
     checkpoint = ["--checkpoint", tmp_path / "checkpoint", "--save_every", 0]
@@ -1077,7 +1082,9 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
         (["--attention_weight", "-1"], "at least 0"),
         (["--teacher_weight", "-1"], "at least 0"),
         (["--sequence_share", "1.5"], "from 0 to 1"),
-        (["--new_position_channels", "2"], "needs --unet"),
+        (["--new_position_channels", "2"], "need --unet"),
+        (["--position_scale", "0.5"], "need --unet"),
+        (["--position_scale", "-1"], "at least 0"),
         (["--trained", "attn2=0"], "FACTOR has to be a number above 0"),
         (["--trained", "attn2=fast"], "FACTOR has to be a number above 0"),
     ):

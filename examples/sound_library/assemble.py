@@ -25,6 +25,8 @@ from pipeline_tango.sound_files import beside, remove_leftovers, write_atomicall
 
 HERE = Path(__file__).parent
 SMOOTHING = 50  # steps per point of a curve
+NOT_DRAWN = {"step", "seconds", "lr", "grad_norm", "num_clips"}  # of the values in a log
+NOT_DRAWN |= {"num_recordings", "minutes", "num_categories", "num_captions"}
 
 
 def credits():
@@ -75,11 +77,11 @@ def draw_curves(runs):
 
     figure = Figure(figsize=(10, 2.6 * len(runs)), layout="constrained")
     for axes, (name, _, entries) in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs):
-        for key in sorted({key for entry in entries for key in entry} - {"step", "lr", "grad_norm"}):
+        for key in sorted({key for entry in entries for key in entry} - NOT_DRAWN):
             points = [(e["step"], e[key]) for e in entries if isinstance(e.get(key), (int, float))]
             if not points:
                 continue
-            size = 1 if key.startswith("validation") else SMOOTHING
+            size = 1 if len(points) < 5 * SMOOTHING else SMOOTHING  # of a validation there are few
             chunks = [points[i : i + size] for i in range(0, len(points), size)]
             axes.plot(
                 [chunk[-1][0] for chunk in chunks],

@@ -71,6 +71,9 @@ def parse_args(argv=None):
         default=0,
         help="inputs that --unet gets beside its own, which tell where in the clip a frame is",
     )
+    parser.add_argument(
+        "--position_scale", type=float, default=1.0, help="factor of the weights that position channels of --unet have"
+    )
     parser.add_argument("--vae", type=Path, default=Path(TANGO_TINY) / "vae", help="VAE, whose encoder is kept")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--seconds", type=float, default=480, help="time limit of the whole run")
@@ -131,8 +134,10 @@ def parse_args(argv=None):
     for name in ("packed", "text_encoder", "vae", "unet", "teacher"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"`{name}` has to be a folder, not {getattr(args, name)}")
-    if args.new_position_channels < 0 or (args.new_position_channels and not args.unet):
-        parser.error("--new_position_channels has to be at least 0, and needs --unet")
+    if args.new_position_channels < 0 or not 0 <= args.position_scale < math.inf:
+        parser.error("--new_position_channels and --position_scale have to be at least 0")
+    if not args.unet and (args.new_position_channels or args.position_scale != 1):
+        parser.error("--new_position_channels and --position_scale need --unet")
     try:
         rates_of(args.trained)
     except ValueError:
@@ -532,7 +537,7 @@ class Average:
 
 KEPT_FLAGS = ("text_encoder", "teacher", "batch_size", "learning_rate", "trained", "lr_warmup_steps")
 KEPT_FLAGS += ("ema_decay", "max_steps", "dtype", "attention_weight", "teacher_weight", "sequence_share")
-KEPT_FLAGS += ("max_recordings", "new_position_channels")  # when a run goes on
+KEPT_FLAGS += ("max_recordings", "new_position_channels", "position_scale")  # when a run goes on
 
 
 def read_checkpoint(args):
@@ -695,8 +700,10 @@ def train_decoder(vae, sounds, batches, validation, args, log):
         save(vae, args.output_dir / "vae")
 
 
-def with_position_channels(unet, num_channels):
-    """The same UNet with more input channels (`pipeline_tango.positions`), which it does not use yet."""
+def with_position_channels(unet, num_channels, scale=1.0):
+    """The same UNet with more input channels (`pipeline_tango.positions`), which it does not use yet, and the weights
+    of those that it has times `scale`."""
+    unet.conv_in.weight.data[:, unet.config.out_channels :] *= scale
     if num_channels == 0:
         return unet
     widened = UNet2DConditionModel.from_config(unet.config, in_channels=unet.config.in_channels + num_channels)
@@ -732,7 +739,7 @@ def main(argv=None):
         state = read_checkpoint(args)
         if args.unet:
             unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32)
-            unet = with_position_channels(unet, args.new_position_channels)
+            unet = with_position_channels(unet, args.new_position_channels, args.position_scale)
         else:
             unet = UNet2DConditionModel.from_config(json.loads(args.unet_config.read_text()))
         teacher = args.teacher and read_teacher(args, tokenizer)
