@@ -38,12 +38,12 @@ PLACES_OF = {  # of the sounds of a scene, by relation; of all others: throughou
     "sequence over background": (0, 2, 3),
 }
 RELATION_SHARES = {
-    "single": 0.2,
+    "single": 0.35,
     "mixed": 0.08,
     "background": 0.07,
-    "sequence": 0.4,
-    "sequence of three": 0.12,
-    "sequence over background": 0.13,
+    "sequence": 0.32,
+    "sequence of three": 0.09,
+    "sequence over background": 0.09,
 }
 TURNED = {"sequence of three": (2, 1, 0), "sequence over background": (1, 0, 2)}  # other orders than "B then A"
 NUM_DRAWN = 16  # batches of captions that are drawn together, and sorted by length
