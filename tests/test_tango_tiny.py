@@ -107,14 +107,13 @@ def test_the_student_goes_where_the_teacher_goes(pipe):
 def test_the_student_is_small():
     files = list(Path(TANGO_TINY_STUDENT).iterdir())
     assert {file.name for file in files} == {"README.md", "pytorch_lora_weights.safetensors"}
-    assert sum(file.stat().st_size for file in files) < 6e6
+    assert sum(file.stat().st_size for file in files) < 8e6
 
 
 def test_the_checkpoint_is_small_and_its_card_says_where_it_comes_from():
     files = [path for path in Path(TANGO_TINY).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 40 * 2**20
+    assert sum(path.stat().st_size for path in files) < 60e6
     card = (Path(TANGO_TINY) / "README.md").read_text()
     assert "cc-by-sa-4.0" in card and "None yet." not in card
     with open(ROOT / "examples" / "sound_library" / "manifest.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))[:574]  # the first edition, which these weights are trained on
-    assert all(row["author"] in card for row in rows)
+        assert all(row["author"] in card for row in csv.DictReader(file))
