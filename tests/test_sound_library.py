@@ -878,7 +878,7 @@ def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
     plain = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
     both = torch.nn.ModuleList([model, unused])
-    average = train_scenes.Average(both, 1e9, decay=0.5)
+    average = train_scenes.Average(both, {"": 1.0}, decay=0.5)
     expected = [p.detach().clone() for p in plain.parameters()]
     for step in range(9):
         inputs = torch.randn(4, 3)
