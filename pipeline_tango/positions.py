@@ -24,8 +24,8 @@ def with_positions(latents, unet):
     Returns:
         `torch.Tensor` of shape `(batch, unet.config.in_channels, num_frames, num_bins)`, of the latents' dtype.
     """
-    batch_size, num_channels, num_frames, num_bins = latents.shape
-    num_channels = unet.config.in_channels - num_channels
+    batch_size, num_latent_channels, num_frames, num_bins = latents.shape
+    num_channels = unet.config.in_channels - num_latent_channels
     if num_channels == 0:
         return latents
     u = (torch.arange(num_frames, device=latents.device) + 0.5) / num_frames

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from pipeline_tango import SCHEDULERS
 from pipeline_tango.flags import COUNT, DECAY, FRACTION, INDEX, POSITIVE, Number
 from pipeline_tango.mel import NUM_MEL_BINS
-from pipeline_tango.positions import with_positions
 from pipeline_tango.student import check_student, student_scheduler, timesteps_of_call
 
 from .arguments import (
@@ -65,6 +64,7 @@ from .data import (
     prepare_clips,
 )
 from .denoiser import (
+    Denoiser,
     adapters_off,
     build_lr_scheduler,
     build_optimizer,
@@ -326,8 +326,7 @@ class Teacher:
         def predict(sample, timesteps):
             sample = torch.cat([sample, sample[is_guided]])
             timesteps = torch.cat([timesteps, timesteps[is_guided]])
-            inputs = with_positions(sample, self.unet), timesteps, text
-            model_pred = self.unet(*inputs, encoder_attention_mask=mask, return_dict=False)[0].float()
+            model_pred = Denoiser(self.unet)(sample, timesteps, text, mask).float()
             model_pred, pred_empty = model_pred[: len(is_guided)], model_pred[len(is_guided) :]
             model_pred[is_guided] = guided(model_pred[is_guided], pred_empty, guidance_scale[is_guided])
             return model_pred
@@ -538,8 +537,7 @@ class Distillation:
                 predict = self.teacher.predictor(text, mask, scale)
                 neighbour = solver_step(predict, noisy, t, r, alphas, kind, args.solver)
             with averages():
-                inputs = with_positions(neighbour, self.unet), r, text
-                pred = self.unet(*inputs, timestep_cond=condition, encoder_attention_mask=mask).sample
+                pred = Denoiser(self.unet)(neighbour, r, text, mask, condition)
             target = consistency_function(pred, neighbour, r, s, alphas, kind, to_clean)
         pred = model(noisy, t, text, mask, condition)
         output = consistency_function(pred, noisy, t, s, alphas, kind, to_clean)

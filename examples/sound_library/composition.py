@@ -43,13 +43,13 @@ class Teacher:
         return predict(self.unet, self.text_encoder, noisy, timesteps, ids, mask)
 
     def targets(self, noisy, timesteps, num_told, ids, mask, cut):
-        """What is predicted of scenes of one sound, or of two of which the second begins at `cut`.
+        """What is predicted of scenes that have one text, or two of which the second holds from `cut` on.
 
         Args:
             noisy (`torch.Tensor` of shape `(batch, channels, num_frames, num_bands)`)
             timesteps (`torch.Tensor` of shape `(batch,)`)
-            num_told (`torch.Tensor` of shape `(batch,)`): sounds of each scene, 1 or 2.
-            ids, mask (`torch.Tensor` of shape `(2, batch, num_tokens)`): the words for each sound.
+            num_told (`torch.Tensor` of shape `(batch,)`): texts of each scene, 1 or 2.
+            ids, mask (`torch.Tensor` of shape `(2, batch, num_tokens)`): the first and the second text.
             cut (`int`): a frame.
 
         Returns:

@@ -92,7 +92,7 @@ def parse_args(argv=None):
         nargs="+",
         metavar="PART[=FACTOR]",
         help="parts of the names of the UNet's parameters to train, as attn2.to_q (default: all), with a factor of "
-        "the learning rate; of conv_in only what reads the new position channels",
+        "the learning rate; of conv_in.weight only what reads position channels",
     )
     parser.add_argument("--lr_warmup_steps", type=int, default=200, help="steps of linear warm-up")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights")
@@ -447,8 +447,8 @@ class Models:
         return torch.from_numpy(array).to(self.empty_ids.device)
 
     def num_told(self, batch, num_frames):
-        """Of how many sounds the teacher is told of each scene `(batch,)`: of none where their parts would be shorter
-        than what it was trained on."""
+        """How many texts the teacher is told of each scene `(batch,)`: none where their parts would be shorter than
+        what it was trained on."""
         if self.teacher is None:
             return torch.zeros(len(batch["ids"]), dtype=torch.long, device=self.empty_ids.device)
         num_told = self.on_device(batch["num_told"])
@@ -484,21 +484,21 @@ class Average:
     """
 
     def __init__(self, model, rates, decay):
-        self.parameters, self.factors, self.decay = [], [], decay
+        self.parameters, factors, self.decay = [], [], decay
         for name, parameter in model.named_parameters():
             factor = next((rate for part, rate in rates.items() if part in name), None)
             if factor is not None:
                 self.parameters.append(parameter)
-                self.factors.append(factor)
+                factors.append(factor)
             parameter.requires_grad_(factor is not None)
         self.weights = [p.detach().float().clone() for p in self.parameters]
         self.averages = [p.clone() for p in self.weights]
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
         options = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": self.weights[0].is_cuda}
-        by_factor = {factor: [] for factor in self.factors}
-        for weight, factor in zip(self.weights, self.factors, strict=True):
-            by_factor[factor].append(weight)
+        by_factor = {}
+        for weight, factor in zip(self.weights, factors, strict=True):
+            by_factor.setdefault(factor, []).append(weight)
         groups = [{"params": weights, "factor": factor} for factor, weights in by_factor.items()]
         self.optimizer = torch.optim.AdamW(groups, **options)
 
