@@ -40,7 +40,6 @@ class Browser:
                 f"--user-data-dir={self.profile}",
             ]
             + [f"--window-size={self.size[0]},{self.size[1]}", "--disable-dev-shm-usage"],
-            "prefs": {"download.default_directory": str(self.downloads)},
         }
         deadline = time.monotonic() + 60
         while True:
@@ -53,6 +52,7 @@ class Browser:
                     }
                 }
                 self.session = self.call("POST", "/session", {"capabilities": capabilities})["sessionId"]
+                self.devtools("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
                 return self
             except (ConnectionError, urllib.error.URLError) as error:
                 if time.monotonic() > deadline or isinstance(error, urllib.error.HTTPError):
@@ -140,6 +140,16 @@ class Browser:
     def log(self):
         """Errors and warnings of the page."""
         return self.call("POST", f"/session/{self.session}/se/log", {"type": "browser"})
+
+    def downloaded(self, pattern, seconds=60):
+        """The one file that a page saved, once it is there as a whole."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if files := list(self.downloads.glob(pattern)):  # Chromium renames them when they are complete
+                [path] = files
+                return path
+            assert time.monotonic() < deadline, f"never saved: {pattern}; there: {sorted(self.downloads.iterdir())}"
+            time.sleep(0.05)
 
     def screenshot(self, path):
         path.write_bytes(base64.b64decode(self.call("GET", f"/session/{self.session}/screenshot")))

@@ -155,11 +155,10 @@ def test_in_a_browser_a_listener_marks_every_sound_by_keyboard_and_saves(page, t
         browser.press(ENTER, ENTER)
         browser.click("#save")
         assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
-        wait_for_files(downloads)
+        saved = browser.downloaded("answers-*.json")
     key = read_key(page)
     assert sorted(id for id, _ in heard) == sorted(key["sounds"])
     assert all(key["sounds"][id]["text"] == text for id, text in heard)
-    [saved] = downloads.glob("answers-*.json")
     content = json.loads(saved.read_text())
     assert content["listener"] == "Ada" and content["order"] == [id for id, _ in heard]
     assert [content["answers"][id] for id, _ in heard] == [{"ovl": 51 + n, "rel": 51} for n in range(6)]
@@ -178,11 +177,3 @@ def test_in_a_browser_every_listener_gets_another_order_and_a_phone_needs_no_sid
             assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
     assert all(sorted(order) == list(range(6)) for order in orders)
     assert len(set(orders)) == 2  # by chance equal once in 720
-
-
-def wait_for_files(folder):
-    import time
-
-    deadline = time.monotonic() + 20
-    while not list(folder.glob("answers-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
