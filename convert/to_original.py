@@ -26,6 +26,7 @@ from pipeline_tango.original import (
     shapes_of,
     stft_tensors,
 )
+from pipeline_tango.positions import count_positions
 from pipeline_tango.weight_maps import TIED, VOCODER_CONSTANTS, original_names, to_original
 
 
@@ -72,7 +73,7 @@ def convert_to_original(source, folder, dtype=None, variant=None):
             shapes.pop("encoder.embed_tokens.weight")
         check_tensors(files[component][0], tensors, shapes)
     check_vocoder_config(configs["vocoder"], load("vocoder"))
-    num_positions = configs["unet"]["in_channels"] - configs["vae"]["latent_channels"]
+    num_positions = count_positions(configs["unet"], configs["vae"])
     if num_positions:
         raise ValueError(f"unet: the original has no position channels; this UNet takes {num_positions} of them")
 

@@ -11,6 +11,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from .input_audio import SILENT_PEAK, AudioClips
 from .mel import MEL_HOP_LENGTH, MEL_SAMPLING_RATE, NUM_MEL_BINS
+from .positions import count_positions
 from .student import check_guidance_input, student_adapters
 
 
@@ -41,11 +42,13 @@ def check_components(pipe):
             f"`vocoder` has {num_mel_bins} mel bins, which the `vae`'s factor {pipe.vae_scale_factor} does not divide."
         )
     num_positions = pipe.config.num_position_channels
-    if num_positions < 0 or pipe.vae.config.latent_channels + num_positions != pipe.unet.config.in_channels:
+    left = count_positions(pipe.unet.config, pipe.vae.config)
+    if num_positions < 0 or num_positions != left:
         positions = f" beside `num_position_channels` {num_positions}" if num_positions else ""
+        hint = f", unless the other {left} are position channels (`num_position_channels` {left})" if left > 0 else ""
         raise ValueError(
             f"`vae` has {pipe.vae.config.latent_channels} latent channels{positions}, `unet` takes "
-            f"{pipe.unet.config.in_channels}: they do not belong together."
+            f"{pipe.unet.config.in_channels}: they do not belong together{hint}."
         )
 
 

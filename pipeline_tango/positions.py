@@ -11,6 +11,15 @@ import math
 import torch
 
 
+def count_positions(unet_config, vae_config):
+    """How many of a UNet's input channels are position channels: those that the VAE's latents leave.
+
+    Args:
+        unet_config, vae_config (mappings): with `in_channels` and with `latent_channels`.
+    """
+    return unet_config["in_channels"] - vae_config["latent_channels"]
+
+
 def with_positions(latents, unet):
     """The input of a UNet: latents with as many position channels after their own as the UNet takes.
 

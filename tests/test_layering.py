@@ -34,7 +34,7 @@ INFERENCE = {  # files of pipeline_tango -> files beside them that they may impo
     "student": {"schedule"},
     "lora": {"json_files", "model_files", "student"},
     "seams": {"input_audio", "mel"},
-    "checks": {"input_audio", "mel", "prompts", "schedule", "student", "windows"},
+    "checks": {"input_audio", "mel", "positions", "prompts", "schedule", "student", "windows"},
 }
 INFERENCE["pipeline_tango"] = set(INFERENCE)  # and, by name, "converted", which the code file of a Hub repo has not
 INFERENCE |= {

@@ -28,6 +28,7 @@ from examples.sound_library import (
     composition,
     pair_prompts,
     probe,
+    scene_batches,
     scenes,
     train_scenes,
     train_text,
@@ -595,14 +596,14 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
     samples, index = packing.read_packed(folder / "recordings")
     recordings = packing.recordings_of(samples, index, "train")
     tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
-    batches = train_scenes.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3)
+    batches = scene_batches.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3)
     batch = batches[4]
-    again = train_scenes.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3, start=3)[1]
+    again = scene_batches.SceneBatches(recordings, tokenizer, {81920: (6, 1.0)}, seed=3, start=3)[1]
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
     rng = np.random.default_rng([3, 4])
     rng.choice([81920], p=[1.0])
     drawn = [scenes.draw_scene(rng, recordings, 81920) for _ in range(6)]
-    sounds = train_scenes.Sounds(samples, torch.zeros(17, 8), 1.0, torch.device("cpu"))
+    sounds = scene_batches.Sounds(samples, torch.zeros(17, 8), 1.0, torch.device("cpu"))
     for scene, waveform, peak in zip(drawn, sounds.mix(batch), batch["peaks"], strict=True):
         waveforms = [each.astype(np.float32) / 32768 for each in recordings.waveforms]
         expected = scenes.render(scene.events, waveforms, 81920, peak)
@@ -616,7 +617,7 @@ def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
 
 
 def test_frames_tell_which_sounds_go_on(recordings):
-    batches = train_scenes.SceneBatches(recordings, None, {}, seed=3)
+    batches = scene_batches.SceneBatches(recordings, None, {}, seed=3)
 
     def order(relation, *sounds):
         scene = scenes.make_scene(np.random.default_rng(0), recordings, 81920, relation, list(sounds))
@@ -864,12 +865,12 @@ def test_the_encoder_as_a_matrix_is_the_encoder(tiny_folder):
     vae = AutoencoderKL.from_pretrained(Path(TANGO_TINY) / "vae", torch_dtype=torch.float32)
     mel = torch.empty(2, 1, 32, 64).uniform_(-11, 1, generator=torch.Generator().manual_seed(1))
     cells = torch.nn.functional.pixel_unshuffle(mel, 4).movedim(1, -1)
-    matrix = train_scenes.linear_encoder(vae)
+    matrix = scene_batches.linear_encoder(vae)
     with torch.no_grad():
         expected = vae.encode(mel).latent_dist.mean.movedim(1, -1)
     assert float((cells @ matrix[:-1] + matrix[-1] - expected).abs().mean()) < 0.01 < float(expected.std()) / 100
     with pytest.raises(ValueError, match="`vae` has to have a linear encoder"):
-        train_scenes.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
+        scene_batches.linear_encoder(AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae"))
 
 
 def test_an_update_is_a_step_of_adamw_on_weights_in_float32_and_averages_them():
@@ -950,12 +951,12 @@ def test_a_batch_with_a_common_cut_says_what_a_teacher_is_told(packed):
     recordings = packing.recordings_of(samples, index, "train")
     tokenizer = TangoPipeline.from_pretrained(TANGO_TINY, dtype=torch.float32).tokenizer
     lengths = {81920: (24, 1.0)}
-    batches = train_scenes.SceneBatches(recordings, tokenizer, lengths, seed=3, sequence_share=0.6, common_cut=True)
+    batches = scene_batches.SceneBatches(recordings, tokenizer, lengths, seed=3, sequence_share=0.6, common_cut=True)
     cuts = set()
     for number in range(4):
         batch = batches[number]
         cuts.add(batch["cut"])
-        assert 48 <= batch["cut"] <= 80 and batch["cut"] % train_scenes.FRAMES_OF_CUTS == 0
+        assert 48 <= batch["cut"] <= 80 and batch["cut"] % scene_batches.FRAMES_OF_CUTS == 0
         begins = [np.flatnonzero(heard[:, 1])[0] for heard in batch["heard"][batch["num_told"] == 2]]
         assert len(begins) > 2 and all(-2 <= begin - batch["cut"] <= 6 for begin in begins)
         for row, told in enumerate(batch["num_told"]):
@@ -1071,8 +1072,9 @@ def test_training_on_scenes_refuses_what_does_not_fit(packed, tmp_path, capsys):
     flags += ["--device", "cpu"]
     with pytest.raises(SystemExit, match="`teacher` has to have the tokenizer of"):
         train_scenes.main([*flags, "--teacher", TANGO_TINY])
-    with pytest.raises(SystemExit, match="`trained` has to name parameters of the UNet; none has 'attn9' in its name"):
-        train_scenes.main([*flags, "--trained", "attn2", "attn9"])
+    for part, reason in (("attn9", r"names none\."), ("conv_in.weight", "names none, since .* no position channels")):
+        with pytest.raises(SystemExit, match=f"`trained` has to name parameters of the UNet .*'{part}' {reason}"):
+            train_scenes.main([*flags, "--trained", "attn2", part])
     for more, message in (
         (["--seconds", "50"], "--seconds has to be more than 54"),
         (["--vae", "x"], "`vae`"),

@@ -15,7 +15,7 @@ from transformers import SpeechT5HifiGan, T5EncoderModel, T5Tokenizer
 
 from pipeline_tango import TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
-from pipeline_tango.positions import with_positions
+from pipeline_tango.positions import count_positions, with_positions
 from pipeline_tango.sound_files import write_atomically
 
 from .run import shards_weights
@@ -117,7 +117,7 @@ def build_pipeline(unet_config, vae, vocoder, text_encoder, seed):
         scheduler=DDPMScheduler(**SCHEDULER_CONFIG),
         vocoder=vocoder,
         num_noise_channels=vocoder.config.model_in_dim - NUM_MEL_BINS,
-        num_position_channels=unet.config.in_channels - vae.config.latent_channels,
+        num_position_channels=count_positions(unet.config, vae.config),
     )
 
 

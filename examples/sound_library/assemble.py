@@ -20,6 +20,7 @@ import torch
 from examples.sound_library.build import read_manifest
 from pipeline_tango import SCHEDULERS, TangoPipeline
 from pipeline_tango.mel import NUM_MEL_BINS
+from pipeline_tango.positions import count_positions
 from pipeline_tango.sound_files import beside, remove_leftovers, write_atomically
 
 
@@ -149,7 +150,7 @@ def main(argv=None):
         default_guidance_scale=args.guidance_scale,
         default_guidance_interval=tuple(args.guidance_interval),
         num_noise_channels=pipe.vocoder.config.model_in_dim - NUM_MEL_BINS,
-        num_position_channels=pipe.unet.config.in_channels - pipe.vae.config.latent_channels,
+        num_position_channels=count_positions(pipe.unet.config, pipe.vae.config),
         num_mel_corrections=args.num_mel_corrections,
     )
     card = (HERE / "card.md").read_text()
