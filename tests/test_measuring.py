@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_labels_and_words_find_the_classes_of_a_listener(yamnet_folder):
     assert classes.of_labels(["rain", "/m/3", "pets", "unknown"]) == {0, 1, 2, 3}
     assert classes.of_text("Dogs bark as a car honks") == {0, 2}
     assert classes.of_text("A birdhouse and a train") == set()
+
+
+def test_the_kind_is_speech_or_that_of_the_first_label():
+    names = ["Speech", "Whispering", "Laughter", "Animal", "Dog", "Vehicle", "Engine", "Door", "Wood"]
+    classes = Classes(SimpleNamespace(class_names=names, class_ids=[]), {"pets": ["Dog"]})
+    kinds = (
+        ["speech"] * 2 + ["other sounds of people"] + ["animals"] * 2 + ["vehicles and engines"] * 2 + ["things"] * 2
+    )
+    assert [classes.kind([name]) for name in names] == kinds
+    assert classes.kind(["unknown", "pets", "wood"]) == "animals" and classes.kind(["wood", "whispering"]) == "speech"
+    assert classes.kind([]) is classes.kind(["unknown"]) is None
+    unnamed = Classes(SimpleNamespace(class_names=["Dog"], class_ids=[]), None)
+    assert unnamed.kind(["dog"]) is None  # before any class that begins a kind
 
 
 def test_the_order_of_events_is_measured_where_the_prompt_names_them(measure, recordings, tmp_path, yamnet_folder):

@@ -3,6 +3,7 @@ import pytest
 from evaluation_runs import copy_recordings, read_results, value_of
 from scipy.io import wavfile
 
+from training.evaluation import measuring
 from training.evaluation.items import System
 from training.evaluation.measuring import Figure, candidate_counts
 from training.evaluation.report import Tables, as_markdown
@@ -29,9 +30,11 @@ def test_a_model_is_compared_with_the_first_on_the_same_resamples(measure, recor
     assert {row["system"] for row in rows} == {"same", "bad"} and {row["baseline"] for row in rows} == {"good"}
 
 
-def test_groups_have_tables_of_their_own(measure, recordings, tmp_path):
+def test_groups_have_tables_of_their_own(measure, recordings, tmp_path, monkeypatch):
+    kinds = {"class 0, kind": "animals", "class 3, kind": "things", "class 500, kind": "speech"}
+    monkeypatch.setattr(measuring, "FIRST_OF_KIND", kinds)
     folder = copy_recordings(recordings, tmp_path / "copies")
-    out = measure("--generated", folder, "--prompts", recordings, "--group_by=events,labels,place")
+    out = measure("--generated", folder, "--prompts", recordings, "--group_by=events,labels,kind,place")
     rows = [row for row in read_results(out, "groups") if row["system"] == "copies"]
     counts = {row["group"]: int(row["num_clips"]) for row in rows if row["metric"] == "inception"}
     assert counts == {
@@ -39,6 +42,9 @@ def test_groups_have_tables_of_their_own(measure, recordings, tmp_path):
         "events: several events": 3,
         "labels: 1 label": 3,
         "labels: 2 labels": 3,
+        "kind: animals": 2,
+        "kind: speech": 3,  # by their second label
+        "kind: things": 1,
         "place: field": 1,
         "place: town": 5,
     }

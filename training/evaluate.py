@@ -175,7 +175,8 @@ def build_parser():
         "--group_by",
         default="",
         metavar="RULE,...",
-        help="rules to group tables by: `events` (several or one), `labels` (their number), or any column",
+        help="rules to group tables by: `events` (several or one), `labels` (their number), `kind` (speech, "
+        "animals, vehicles and so on, by the labels), or any column",
     )
 
     best = parser.add_argument_group("best of N")
@@ -240,7 +241,8 @@ def evaluate(args):
     real = read_items(args.real_recordings, "real_recordings", with_path=True) if args.real_recordings else []
     known = [*prompts, *references]
     for rule in args.group_by:
-        if not any(group_of(item, rule, args.label_column) for item in known):
+        read = "labels" if rule == "kind" else rule
+        if not any(group_of(item, read, args.label_column) for item in known):
             raise ValueError(f"--group_by: {rule!r} applies to no entry of --prompts or --references")
     names = short_names([*args.model, *args.generated])
     swept = plan_sweep(

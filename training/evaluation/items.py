@@ -203,7 +203,8 @@ def labels_of(item, column):
 
 
 def group_of(item, rule, label_column):
-    """The item's group by a rule of `--group_by`, or None if the item lacks what the rule reads."""
+    """The item's group by a rule of `--group_by`, or None if the item lacks what the rule reads. The rule `kind` needs
+    a listener's classes (`measuring.Classes.kind`)."""
     if rule == "events":
         return item.text and ("several events" if SEVERAL_EVENTS.search(item.text) else "one event")
     if rule == "labels":

@@ -79,11 +79,26 @@ def set_level(waveform, level):
 # Classes
 
 
+FIRST_OF_KIND = {  # in the order of AudioSet's classes, which goes along its ontology (Gemmeke et al. 2017)
+    "speech": "speech",
+    "laughter": "other sounds of people",
+    "animal": "animals",
+    "music": "music",
+    "wind": "nature",
+    "vehicle": "vehicles and engines",
+    "door": "things",
+}
+
+
 class Classes:
     """Maps labels, or the words of a prompt, to the classes of a listener."""
 
     def __init__(self, listener, class_map):
         self.class_map = class_map or {}
+        self.kinds, kind = [], None  # of each class
+        for name in listener.class_names:
+            kind = FIRST_OF_KIND.get(name.casefold(), kind)
+            self.kinds.append(kind)
         self.indices = {name.casefold(): i for i, name in enumerate(listener.class_names)}
         self.indices |= {id.casefold(): i for i, id in enumerate(listener.class_ids)}
         self.words = [
@@ -93,6 +108,12 @@ class Classes:
     def of_labels(self, labels):
         names = [name for label in labels for name in self.class_map.get(label, [label])]
         return {self.indices[name.casefold()] for name in names if name.casefold() in self.indices}
+
+    def kind(self, labels):
+        """Speech if one of the labels is of speech, else the kind of the first label that the listener has a class
+        for, else None."""
+        kinds = [self.kinds[min(classes)] for label in labels if (classes := self.of_labels([label]))]
+        return "speech" if "speech" in kinds else next(iter(kinds), None)
 
     def of_text(self, text):
         """Classes of which one name ("Vehicle horn, car horn, honking" has three) occurs in the text, word by word."""
@@ -293,11 +314,16 @@ class Measure:
         for index, item in enumerate(items):
             candidates = (item, self.prompts.get(item.id), self.references.get(item.id))
             for candidate in candidates:
-                group = candidate and group_of(candidate, rule, self.settings.label_column)
+                group = candidate and self.group_of(candidate, rule)
                 if group:
                     groups.setdefault(group, []).append(index)
                     break
         return dict(sorted(groups.items()))
+
+    def group_of(self, item, rule):
+        if rule == "kind":
+            return self.classes.kind(labels_of(item, self.settings.label_column))
+        return group_of(item, rule, self.settings.label_column)
 
     def embed_text(self, texts):
         if missing := sorted(set(texts) - self.text_embeddings.keys()):
