@@ -30,6 +30,25 @@ def test_only_so_much_of_a_recording_is_heard_as_was_generated(measure, recordin
     assert value_of(rows, "frechet", system="short") > 1e-3
 
 
+def test_copies_of_training_recordings_are_found(measure, recordings, tmp_path, capsys):
+    copies = copy_recordings(recordings, tmp_path / "copies")
+    others = copy_recordings(recordings, tmp_path / "others", NAMES[1:2] * len(NAMES))
+    flags = ("--training_recordings", copies, "--real_recordings", others)
+    out = measure("--generated", copies, *flags, references=None)
+    rows = [row for row in read_results(out) if row["metric"] == "nearest"]
+    assert {row["system"]: row["num_clips"] for row in rows} == {"copies": "6", "real recordings (others)": "6"}
+    assert value_of(rows, "nearest", system="copies") == pytest.approx(1)
+    (copies / f"{NAMES[1]}.wav").unlink()  # the recording that all of the others are
+    out = measure("--generated", others, "--training_recordings", copies, references=None, output="second")
+    row = next(row for row in read_results(out) if row["metric"] == "nearest")
+    assert 0 < row["value"] < 0.9999 and f"the largest is {row['value']:.3f}" in row["note"]
+    assert "Similarity to the nearest training recording" in (out / "results.md").read_text()
+    for name in NAMES:
+        (copies / f"{name}.wav").write_bytes(b"")
+    measure("--generated", others, "--training_recordings", copies, references=None, output="third", status=1)
+    assert "--training_recordings: none in" in capsys.readouterr().err
+
+
 def test_the_level_counts_only_if_asked_for():
     waveform = torch.sin(torch.arange(1000) / 9) + 0.3
     for level, peak in (("peak", 0.5), ("own", float((waveform - waveform.mean()).abs().max()))):

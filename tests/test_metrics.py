@@ -25,6 +25,7 @@ from training.evaluation.metrics import (
     kl_sigmoid,
     kl_sigmoid_original,
     kl_softmax,
+    nearest_similarity,
     probability_better,
     resample,
     sequence_recall,
@@ -217,6 +218,13 @@ def test_kl_is_finite_and_not_negative_and_zero_only_for_equals(seed, scale):
 def test_clap_score_is_the_cosine():
     text, sound = np.array([[3.0, 4], [1, 0], [0, 0]]), np.array([[4.0, 3], [-2, 0], [1, 1]])
     np.testing.assert_allclose(clap_score(text, sound), [24 / 25, -1, 0])
+
+
+def test_nearest_similarity_is_the_largest_cosine():
+    others = np.array([[3.0, 0], [0, 2], [0, 0]])
+    np.testing.assert_allclose(nearest_similarity([[0.5, 0], [1, 1], [-3, -4]], others), [1, math.sqrt(0.5), 0])
+    with pytest.raises(ValueError, match="`embeddings` has 3, `others` has 2"):
+        nearest_similarity(np.ones((1, 3)), others)
 
 
 def test_class_recall_asks_for_any_right_class_among_the_k_best():

@@ -539,11 +539,13 @@ def test_the_lists_of_prompts_differ_and_have_classes():
     assert len(develop) == len(held) == 24 and not develop & held
 
 
-def test_the_lists_for_preferences_share_no_pair_and_are_those_of_their_script():
+def test_the_lists_for_preferences_share_no_pair_and_are_those_of_their_script(tmp_path):
+    pair_prompts.main([str(tmp_path / "new" / "lists")])
     pairs = {}
-    for name, drawn in pair_prompts.write_prompts().items():
-        lines = [json.loads(line) for line in (assemble.HERE / "prompts" / f"{name}.jsonl").read_text().splitlines()]
-        assert [line["id"] for line in drawn] == [line["id"] for line in lines]
+    for path in sorted((tmp_path / "new" / "lists").iterdir()):
+        name, text = path.stem, path.read_text()
+        assert text == (assemble.HERE / "prompts" / path.name).read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
         events = [line.get("sequence") or line["together"] for line in lines]
         pairs[name] = {frozenset(each) for each in events}
         assert len(pairs[name]) == len(lines)

@@ -109,6 +109,11 @@ def build_parser():
         "references against the other)",
     )
     what.add_argument(
+        "--training_recordings",
+        metavar="SOUNDS",
+        help="what the models were trained on: measures how similar each sound is to the nearest of these recordings",
+    )
+    what.add_argument(
         "--output_dir", required=True, metavar="FOLDER", help="folder for sounds, cached features, tables and plots"
     )
     what.add_argument(
@@ -239,6 +244,9 @@ def evaluate(args):
         prompts = [prompt for prompt in prompts if prompt.id in chosen]
     references = read_items(args.references, "references", with_path=True) if args.references else []
     real = read_items(args.real_recordings, "real_recordings", with_path=True) if args.real_recordings else []
+    trained_on = []
+    if args.training_recordings:
+        trained_on = read_items(args.training_recordings, "training_recordings", with_path=True)
     known = [*prompts, *references]
     for rule in args.group_by:
         read = "labels" if rule == "kind" else rule
@@ -286,6 +294,9 @@ def evaluate(args):
             raise ValueError(f"no sound of {system.name} can be read: {problems[-1]}")
     references = find_readable(references, "reference", problems) if references else []
     real = find_readable(real, "real recording", problems) if real else []
+    trained_on = find_readable(trained_on, "training recording", problems) if trained_on else []
+    if args.training_recordings and not trained_on:
+        raise ValueError(f"--training_recordings: none in {args.training_recordings} can be read: {problems[-1]}")
     # a choice of the prompts leaves most references without a sound on purpose
     problems += find_unpaired(systems, prompts, [] if args.num_prompts else references)
     write_problems(problems, output_dir / "problems.json")
@@ -299,7 +310,9 @@ def evaluate(args):
     settings = MetricSettings(**{each.name: getattr(args, each.name) for each in fields(MetricSettings)})
     measures, features = {}, {}
     for name, listener in listeners.items():
-        measures[name] = Measure(listener, references, extractor(name, references), prompts, settings)
+        measures[name] = Measure(
+            listener, references, extractor(name, references), prompts, settings, extractor(name, trained_on)
+        )
         features[name] = {system.name: extractor(name, system.sounds) for system in [*systems, *real]}
     best_takes = {}
     for system in systems if args.rank_by else []:

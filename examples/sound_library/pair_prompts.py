@@ -79,6 +79,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write the lists into")
     args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
     for name, lines in write_prompts().items():
         content = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(args.folder / f"{name}.jsonl", content.encode())

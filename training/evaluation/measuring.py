@@ -26,6 +26,7 @@ from .metrics import (
     kl_sigmoid,
     kl_sigmoid_original,
     kl_softmax,
+    nearest_similarity,
     resample,
     sequence_recall,
     weighted_mean,
@@ -171,15 +172,17 @@ class Measure:
     Args:
         references (`list[Item]`), reference_features (`list[dict]`): the recordings and their features.
         prompts (`list[Item]`): the source of texts and labels that a sound lacks.
+        training_features (`list[dict]`): of the recordings that the models were trained on.
     """
 
-    def __init__(self, listener, references, reference_features, prompts, settings):
+    def __init__(self, listener, references, reference_features, prompts, settings, training_features=()):
         self.listener, self.settings = listener, settings
         self.references = {item.id: item for item in references}
         self.reference_features = {item.id: row for item, row in zip(references, reference_features, strict=True)}
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.classes = Classes(listener, settings.class_map)
         self.text_embeddings = {}
+        self.trained_on = [row["embedding"] for row in training_features]
 
     def __call__(self, items, features, reference_ids=None, paired=True):
         """Figures by metric.
@@ -267,6 +270,11 @@ class Measure:
                         chances = [1 / math.factorial(len(sequences[i])) for i in np.flatnonzero(np.isfinite(values))]
                         if chances:
                             add_mean(name, values, f"by chance {np.mean(chances):.2f}")
+
+        # against what the models were trained on
+        if self.trained_on:
+            nearest = nearest_similarity(np.stack([each["embedding"] for each in features]), np.stack(self.trained_on))
+            add_mean("nearest", nearest, f"the largest is {nearest.max():.3f}")
 
         # against each sound's text
         if hasattr(self.listener, "embed_text"):

@@ -169,6 +169,15 @@ def clap_score(text_embeddings, embeddings):
     return (text * sound).sum(1) / np.maximum(norms, np.finfo(float).tiny)
 
 
+def nearest_similarity(embeddings, others):
+    """The largest cosine between each embedding and one of the others: 1 for a copy."""
+    first, second = (
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(float).tiny)
+        for rows in check_rows(embeddings=embeddings, others=others)
+    )
+    return (first @ second.T).max(1)
+
+
 def class_recall(logits, classes, k=5):
     """Whether one of each clip's classes is among the `k` most probable ones: 1.0 or 0.0.
 

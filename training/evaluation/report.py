@@ -21,6 +21,7 @@ METRICS = {
     "clap": ("CLAP score", True, 3),
     "recall": ("Class recall", True, 3),
     "sequence_recall": ("All events heard", True, 3),
+    "nearest": ("Similarity to the nearest training recording", False, 3),
     "order": ("In order", True, 3),
     "order_heard": ("In order where all are heard", True, 3),
     "begin_order": ("Begin in order", True, 3),
@@ -132,6 +133,11 @@ def describe_run(
             "- Of prompts that name several events: the share of the sounds in which each event is among the "
             f"{settings.recall_k} most probable classes. Of those that name an order: the share in which the events "
             "are in it, by the mean times of their class probabilities, and by when these reach half of their peaks."
+        ]
+    if any(row["metric"] == "nearest" for row in results):
+        lines += [
+            "- Similarity to the nearest training recording: the largest cosine of a sound's embedding and that of a "
+            "training recording, on average. 1 is a copy; recordings that were not trained on show what to expect."
         ]
     if any(row["seconds_per_clip"] for row in results):
         devices = ", ".join(sorted({each for system in systems for each in system.devices}))
