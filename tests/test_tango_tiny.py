@@ -73,7 +73,7 @@ def test_the_same_seed_is_the_same_sound_in_any_batch(pipe):
     assert np.abs(both[0] - both[1]).max() > 0.05 and np.abs(both[0]).max() > 0.05
 
 
-@pytest.mark.parametrize("scheduler", ["its own", "unipc", "euler"])
+@pytest.mark.parametrize("scheduler", ["its own", "euler"])
 def test_sounds_are_near_to_recordings_of_what_was_asked_for(pipe, scheduler):
     other = pipe
     if scheduler != "its own":
@@ -81,12 +81,13 @@ def test_sounds_are_near_to_recordings_of_what_was_asked_for(pipe, scheduler):
         other.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
         other.set_progress_bar_config(disable=True)
     # chance is 0.5; training recordings of these kinds reach 0.71, by means 0.61
-    assert share_nearer_to_own_recording(other, num_inference_steps=20) >= 0.6
+    assert share_nearer_to_own_recording(other, num_inference_steps=8) >= 0.6
 
 
 def test_rain_is_louder_in_the_high_bands_than_thunder(pipe):
     rain, thunder = (
-        statistics(np.concatenate(make(pipe, prompt, num_seeds=NUM_SEEDS)))[:64] for prompt in ("rain", "thunder")
+        statistics(np.concatenate(make(pipe, prompt, num_seeds=NUM_SEEDS, num_inference_steps=8)))[:64]
+        for prompt in ("rain", "thunder")
     )
     assert rain[40:].mean() > thunder[40:].mean()
 
