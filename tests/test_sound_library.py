@@ -28,6 +28,7 @@ from examples.sound_library import (
     composition,
     pair_prompts,
     probe,
+    probe_unet,
     scene_batches,
     scenes,
     train_scenes,
@@ -591,6 +592,23 @@ def test_packed_recordings_are_where_the_index_says_and_sound_as_before(packed, 
         assert len(before) == len(after) and train.levels[i] == pytest.approx(recordings.levels[j], abs=0.01)
         assert np.corrcoef(before, after)[0, 1] > 0.8
     assert packing.recordings_of(samples, rows, "validation") is None
+
+
+def test_a_unet_knows_where_it_is_by_position_channels_alone(tiny_folder, tmp_path, capsys):
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(tiny_folder / name, tmp_path / name)
+    shares = {}
+    for num_channels in (0, 2):
+        unet = train_scenes.UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
+        unet = train_scenes.with_position_channels(unet, num_channels)
+        torch.nn.init.constant_(unet.conv_in.weight[:, unet.config.out_channels :], 1.0)
+        unet.save_pretrained(tmp_path / "unet")
+        probe_unet.main([str(tmp_path)])
+        shares[num_channels] = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shares[0]) == len(shares[2]) > 1
+    assert max(shares[0]) < 0.6 and min(shares[2]) > 0.65, shares
+    with pytest.raises(SystemExit, match="error"):
+        probe_unet.main([str(tmp_path / "nothing")])
 
 
 def test_a_batch_of_scenes_is_mixed_as_render_does(packed):
