@@ -30,7 +30,7 @@ def test_a_model_is_compared_with_the_first_on_the_same_resamples(measure, recor
     assert {row["system"] for row in rows} == {"same", "bad"} and {row["baseline"] for row in rows} == {"good"}
 
 
-def test_groups_have_tables_of_their_own(measure, recordings, tmp_path, monkeypatch):
+def test_groups_have_tables_of_their_own(measure, recordings, tmp_path, monkeypatch, capsys):
     kinds = {"class 0, kind": "animals", "class 3, kind": "things", "class 500, kind": "speech"}
     monkeypatch.setattr(measuring, "FIRST_OF_KIND", kinds)
     folder = copy_recordings(recordings, tmp_path / "copies")
@@ -48,6 +48,10 @@ def test_groups_have_tables_of_their_own(measure, recordings, tmp_path, monkeypa
         "place: field": 1,
         "place: town": 5,
     }
+    monkeypatch.undo()  # classes without kinds
+    flags = ("--generated", folder, "--prompts", recordings, "--group_by=kind")
+    measure(*flags, output="unknown", status=1)
+    assert "--group_by: 'kind' needs labels that are classes of yamnet" in capsys.readouterr().err
     # against the group's own references
     assert value_of(rows, "frechet", group="events: several events") == pytest.approx(0, abs=1e-9)
 

@@ -50,6 +50,7 @@ from .evaluation.items import (
 )
 from .evaluation.listeners import LISTENERS, load_listener
 from .evaluation.measuring import (
+    Classes,
     FeatureExtractor,
     Measure,
     MetricSettings,
@@ -249,8 +250,7 @@ def evaluate(args):
         trained_on = read_items(args.training_recordings, "training_recordings", with_path=True)
     known = [*prompts, *references]
     for rule in args.group_by:
-        read = "labels" if rule == "kind" else rule
-        if not any(group_of(item, read, args.label_column) for item in known):
+        if not any(group_of(item, rule, args.label_column) for item in known):
             raise ValueError(f"--group_by: {rule!r} applies to no entry of --prompts or --references")
     names = short_names([*args.model, *args.generated])
     swept = plan_sweep(
@@ -274,6 +274,11 @@ def evaluate(args):
         for name in dict.fromkeys([*args.listener, *([args.rank_by] if args.rank_by else [])]):
             listeners[name] = load_listener(name, getattr(args, f"{name}_weights"), device)
             logger.info(f"{name}: weights {listeners[name].weights}, sha256 {listeners[name].checksum}")
+        if "kind" in args.group_by:
+            classes = [Classes(listeners[name], args.class_map) for name in args.listener]
+            if not any(group_of(item, "kind", args.label_column, each) for each in classes for item in known):
+                listening = " or ".join(args.listener)
+                raise ValueError(f"--group_by: 'kind' needs labels that are classes of {listening}, or a --class_map")
         if not find_spec("matplotlib"):
             logger.warning('no plots without matplotlib: pip install "pipeline-tango[evaluate]"')
 

@@ -202,9 +202,16 @@ def labels_of(item, column):
     return [str(label).strip() for label in labels or [] if str(label).strip()]
 
 
-def group_of(item, rule, label_column):
-    """The item's group by a rule of `--group_by`, or None if the item lacks what the rule reads. The rule `kind` needs
-    a listener's classes (`measuring.Classes.kind`)."""
+def group_of(item, rule, label_column, classes=None):
+    """The item's group by a rule of `--group_by`, or None if the item lacks what the rule reads.
+
+    Args:
+        classes (`measuring.Classes`, *optional*): of the listener, which the rule `kind` needs. Without them the
+            item's labels stand for its kind.
+    """
+    if rule == "kind":
+        labels = labels_of(item, label_column)
+        return classes.kind(labels) if classes else ",".join(labels) or None
     if rule == "events":
         return item.text and ("several events" if SEVERAL_EVENTS.search(item.text) else "one event")
     if rule == "labels":

@@ -182,7 +182,7 @@ class Measure:
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.classes = Classes(listener, settings.class_map)
         self.text_embeddings = {}
-        self.trained_on = [row["embedding"] for row in training_features]
+        self.trained_on = np.stack([row["embedding"] for row in training_features]) if training_features else None
 
     def __call__(self, items, features, reference_ids=None, paired=True):
         """Figures by metric.
@@ -272,8 +272,8 @@ class Measure:
                             add_mean(name, values, f"by chance {np.mean(chances):.2f}")
 
         # against what the models were trained on
-        if self.trained_on:
-            nearest = nearest_similarity(np.stack([each["embedding"] for each in features]), np.stack(self.trained_on))
+        if self.trained_on is not None:
+            nearest = nearest_similarity(np.stack([each["embedding"] for each in features]), self.trained_on)
             add_mean("nearest", nearest, f"the largest is {nearest.max():.3f}")
 
         # against each sound's text
@@ -322,16 +322,11 @@ class Measure:
         for index, item in enumerate(items):
             candidates = (item, self.prompts.get(item.id), self.references.get(item.id))
             for candidate in candidates:
-                group = candidate and self.group_of(candidate, rule)
+                group = candidate and group_of(candidate, rule, self.settings.label_column, self.classes)
                 if group:
                     groups.setdefault(group, []).append(index)
                     break
         return dict(sorted(groups.items()))
-
-    def group_of(self, item, rule):
-        if rule == "kind":
-            return self.classes.kind(labels_of(item, self.settings.label_column))
-        return group_of(item, rule, self.settings.label_column)
 
     def embed_text(self, texts):
         if missing := sorted(set(texts) - self.text_embeddings.keys()):

@@ -21,11 +21,11 @@ METRICS = {
     "clap": ("CLAP score", True, 3),
     "recall": ("Class recall", True, 3),
     "sequence_recall": ("All events heard", True, 3),
-    "nearest": ("Similarity to the nearest training recording", False, 3),
     "order": ("In order", True, 3),
     "order_heard": ("In order where all are heard", True, 3),
     "begin_order": ("Begin in order", True, 3),
     "begin_order_heard": ("Begin in order where all are heard", True, 3),
+    "nearest": ("Similarity to the nearest training recording", False, 3),
 }
 # metrics that depend on the number of distinct clips, of which a resample has fewer: their intervals are centred
 CENTRED = {"frechet", "inception"}
