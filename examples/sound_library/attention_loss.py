@@ -44,6 +44,12 @@ def observe(unet):
     return observed
 
 
+def layer_shape(num_places, shape):
+    """Frames and bands of a layer's states, of those of the latents (`shape`), which are larger by one factor."""
+    factor = round((shape[0] * shape[1] / num_places) ** 0.5)
+    return shape[0] // factor, shape[1] // factor
+
+
 def attention_loss(observed, words, heard, shape):
     """How surprising what is heard is to the attention, in nats, a mean over the layers and over all moments at which
     not all of the sounds of a caption are heard. Forgets the weights.
@@ -55,16 +61,14 @@ def attention_loss(observed, words, heard, shape):
             frame, from 0 to 1.
         shape (`tuple[int, int]`): frames and bands of the latents.
     """
-    num_frames, num_bands = shape
     words = (words[..., None] == torch.arange(heard.shape[2], device=words.device)).float()
     named = words.amax(1)[:, None]  # (batch, 1, num_sounds)
     losses = []
     for each in observed:
         weights, each.weights = each.weights, None
-        factor = round((num_frames * num_bands / weights.shape[1]) ** 0.5)  # by which the layer's states are smaller
-        weights = weights.unflatten(1, (num_frames // factor, num_bands // factor)).mean(2)
-        weights = weights @ words  # (batch, num_frames / factor, num_sounds)
-        present = heard.unflatten(1, (num_frames // factor, factor)).mean(2) * named
+        num_frames, num_bands = layer_shape(weights.shape[1], shape)
+        weights = weights.unflatten(1, (num_frames, num_bands)).mean(2) @ words  # (batch, num_frames, num_sounds)
+        present = heard.unflatten(1, (num_frames, -1)).mean(2) * named
         some = (present.sum(2) > 0) & (present.sum(2) < named.sum(2) - 1e-3)
         surprise = -((weights * present).sum(2) + 1e-6).log()
         losses.append((surprise * some).sum() / some.sum().clamp(min=1))

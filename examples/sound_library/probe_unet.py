@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from examples.sound_library.attention_loss import layer_shape
 from examples.sound_library.composition import predict
 from examples.sound_library.probe import draw_captions, read_text_encoder
 
@@ -50,9 +51,7 @@ def query_inputs(unet, text_encoder, tokenizer, captions):
 
 def share_told(states, num_fitted=NUM_FITTED):
     """Share of the places of the clips after the first `num_fitted` whose half of the clip is told from `states`."""
-    num_places = states.shape[1]
-    factor = round((NUM_FRAMES * NUM_BANDS / num_places) ** 0.5)  # by which the layer's states are smaller
-    frames, bands = NUM_FRAMES // factor, NUM_BANDS // factor
+    frames, bands = layer_shape(states.shape[1], (NUM_FRAMES, NUM_BANDS))
     halves = torch.ones(frames, dtype=torch.float64)
     halves[frames // 2 :] = -1
     halves = halves.repeat_interleave(bands).expand(len(states), -1)  # (batch, places)

@@ -1,8 +1,10 @@
 """Batches of scenes: drawn on a CPU as arrays, without a sound being read, then mixed on a GPU and made latents there.
 
-scenes = SceneBatches(recordings, tokenizer, {81920: (128, 1.0)}, seed=0)
-sounds = Sounds(samples, linear_encoder(vae), vae.config.scaling_factor, device)
-latents = sounds.latents(next(load_batches(scenes, num_workers=4)))
+    scenes = SceneBatches(recordings, tokenizer, {81920: (128, 1.0)}, seed=0)
+    sounds = Sounds(samples, linear_encoder(vae), vae.config.scaling_factor, device)
+    latents = sounds.latents(next(load_batches(scenes, num_workers=4)))
+
+Worker processes draw them, so that a GPU does not wait.
 """
 
 import math
